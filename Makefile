@@ -1,0 +1,67 @@
+# Everything runs in .venv, which is made on the first call; nothing is installed elsewhere.
+#   make PYTHON=/path/to/python3.12 test      uses another interpreter
+#   make OMP_NUM_THREADS=4 simulate           uses more cores
+
+PYTHON ?= python3.11 python3
+PY := .venv/bin/python
+INSTALLED := .venv/.installed
+EXPERIMENT := simulations/experiments/dba-mnist5k.toml
+
+# What the tools would otherwise write into the home folder, ask the network for, or report.
+export FLWR_HOME := $(CURDIR)/.venv/flwr
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export MPLCONFIGDIR := $(CURDIR)/.venv/mpl
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+# Threads of one process that wait for each other on a busy core cost far more than they gain, and
+# sums in another order give other last digits.
+export OMP_NUM_THREADS ?= 1
+
+.DELETE_ON_ERROR:
+.PHONY: help simulate test lint bench clean
+
+help:
+	@echo "make simulate   the attack without and with the defence, and a comparison, into results/"
+	@echo "make test       lint, types and tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      time and memory of the defence, into results/bench"
+	@echo "make clean      remove the environment, builds and caches; results/ is kept"
+
+simulate: $(INSTALLED)
+	$(PY) -m simulations run $(EXPERIMENT) --set 'defense.name="undefended"' --out results/undefended
+	$(PY) -m simulations run $(EXPERIMENT) --set 'defense.name="none-strategy"' --out results/none
+	$(PY) -m simulations compare results/undefended results/none --out results/compare
+
+test: lint
+	$(PY) -m pytest
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(INSTALLED)
+	$(PY) -m simulations bench --out results/bench
+
+clean:
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A candidate counts only when it runs: a version manager may leave a name that starts nothing.
+$(PY):
+	@for candidate in $(PYTHON); do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "making .venv with $$candidate"; \
+			exec "$$candidate" -m venv .venv; \
+		fi; \
+	done; \
+	echo "Python 3.11 or newer is needed; none of these is one: $(PYTHON)" >&2; \
+	echo "Name yours: make PYTHON=/path/to/python3" >&2; \
+	exit 1
+
+# Order-only: the interpreter is a link whose date says nothing about what is installed.
+$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[simulation,dev]"
+	touch $@

@@ -1,0 +1,1 @@
+"""NONE: a backdoor defence for federated learning that resets compromised neurons."""

@@ -1,0 +1,279 @@
+"""Ours: poisoned samples make a client's class look like a mixture of classes, plus a remainder.
+
+A client that relabels images of other classes to class k reports, for k, mean activations that are a
+blend of several classes. What the blend cannot explain is what the *trigger* does to the model: that
+remainder points at the compromised neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jenkspy
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from none_core.activations import LABEL_HISTOGRAMS, Report
+from none_core.detection.base import (
+    Detection,
+    Detector,
+    FloatArray,
+    IntArray,
+    Suspicion,
+)
+
+_MAD_TO_SIGMA = 1.4826  # a normal distribution's standard deviation over its median deviation
+_MOST_BREAKABLE = 2000  # natural breaks take time quadratic in the number of values
+
+
+class Summary(NamedTuple):
+    """One client's samples of each label: their number (K,), mean and variance (K, J)."""
+
+    counts: NDArray[np.int64]
+    mean: NDArray[np.float32]
+    variance: NDArray[np.float32]
+
+
+class Unmixing(NamedTuple):
+    """Every (client, label) pair as a mixture of the clean classes; NaN where there is no pair.
+
+    Attributes
+    ----------
+    foreign : ndarray
+        One minus the weight on the pair's own class, (clients, K).
+    surprise : ndarray
+        Length of the remainder over the length that sampling noise alone would have, (clients, K).
+    weights : ndarray
+        Weights on the classes, (clients, K, K).
+    """
+
+    foreign: FloatArray
+    surprise: FloatArray
+    weights: FloatArray
+
+
+class Mixture(Detector):
+    """Unmix each client's class means into clean classes and follow the remainder to the neurons.
+
+    1. The clean mean of class k is the median, neuron by neuron, of what the clients report for
+       label k: right as long as fewer than half of the label's holders poison it.
+    2. Each client's mean for each label is written as a non-negative combination of the clean means
+       (each layer first divided by its spread). A clean pair puts nearly all weight on its own
+       class; *foreign* is the rest.
+    3. A pair is suspected if its foreign share exceeds ``foreign`` and stands out from the pairs by
+       ``outlier`` robust standard deviations.
+    4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
+       leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
+       are an ordinary blend.
+    5. The neurons are ranked by the largest positive remainder over the pairs that are alive; natural
+       breaks (Jenks) separate the compromised ones.
+
+    It needs honest reports, also from the attackers, and at least ``min_clients`` holders of a label.
+
+    Parameters
+    ----------
+    foreign : float
+        Smallest suspicious foreign share, in (0, 1).
+    outlier : float
+        Robust standard deviations above the median pair, > 0.
+    alive : float
+        Remainder of a live backdoor in multiples of the median pair's, > 1.
+    min_clients : int
+        Labels held by fewer clients have no clean mean and are left out, >= 3.
+    """
+
+    name = "mixture"
+    statistics = frozenset({LABEL_HISTOGRAMS})
+
+    def __init__(
+        self,
+        foreign: float = 0.2,
+        outlier: float = 6.0,
+        alive: float = 1.8,
+        min_clients: int = 3,
+    ) -> None:
+        if not 0 < foreign < 1:
+            raise ValueError(f"foreign must be in (0, 1), got {foreign}")
+        if outlier <= 0:
+            raise ValueError(f"outlier must be > 0, got {outlier}")
+        if alive <= 1:
+            raise ValueError(f"alive must be > 1, got {alive}")
+        if min_clients < 3:
+            raise ValueError(f"min_clients must be >= 3, got {min_clients}")
+        self.foreign, self.outlier, self.alive = foreign, outlier, alive
+        self.min_clients = min_clients
+
+    def summarise(self, report: Report) -> Summary:
+        """Keep counts, means and variances."""
+        mean, variance = report.moments()
+        return Summary(report.counts, mean, variance)
+
+    def detect(self, summaries: Mapping[int, Summary], layer_of: IntArray) -> Detection:
+        """Find suspected pairs, whether the backdoor is alive, and the neurons behind it."""
+        clients = sorted(summaries)
+        counts = np.stack([summaries[c].counts for c in clients])
+        means = [summaries[c].mean for c in clients]
+        variances = [summaries[c].variance for c in clients]
+        clean_mean = robust_class_statistic(means, counts, self.min_clients)
+        deviation = np.sqrt(robust_class_statistic(variances, counts, self.min_clients))
+
+        scale = layer_scale(clean_mean, layer_of)
+        unmixed = unmix(means, variances, counts, clean_mean, scale)
+        suspected = self._suspected(unmixed.foreign)
+        ordinary = np.nanmedian(np.where(suspected, np.nan, unmixed.surprise), axis=None)
+        alive = suspected & (unmixed.surprise > self.alive * ordinary)
+
+        scores = np.zeros(len(layer_of))
+        evidence: dict[int, FloatArray] = {}
+        suspicions = []
+        for i, k in np.argwhere(suspected):
+            difference = means[i][k] - clean_mean[k]
+            blend = unmixed.weights[i, k] @ np.nan_to_num(clean_mean)
+            remainder = np.maximum((means[i][k] - blend) / scale, 0)
+            client = clients[i]
+            evidence[client] = np.maximum(evidence.get(client, 0), remainder)
+            if alive[i, k]:
+                scores = np.maximum(scores, remainder)
+            suspicions.append(
+                Suspicion(
+                    client=client,
+                    label=int(k),
+                    foreign=float(unmixed.foreign[i, k]),
+                    surprise=float(unmixed.surprise[i, k] / ordinary),
+                    alive=bool(alive[i, k]),
+                    shift=_standardised(difference, deviation[k]),
+                )
+            )
+        return Detection(
+            scores=scores,
+            compromised=upper_break(scores),
+            alive=bool(alive.any()),
+            suspicions=tuple(suspicions),
+            client_evidence=evidence,
+            class_mean=clean_mean,
+            class_deviation=deviation,
+        )
+
+    def _suspected(self, foreign: FloatArray) -> NDArray[np.bool_]:
+        known = foreign[np.isfinite(foreign)]
+        if not known.size:
+            return np.zeros(foreign.shape, dtype=bool)
+        centre = np.median(known)
+        spread = _MAD_TO_SIGMA * np.median(np.abs(known - centre))
+        threshold = max(self.foreign, centre + self.outlier * spread)
+        suspected: NDArray[np.bool_] = np.nan_to_num(foreign) > threshold
+        return suspected
+
+
+def robust_class_statistic(
+    statistic: list[NDArray[np.float32]], counts: NDArray[np.int64], min_clients: int
+) -> FloatArray:
+    """Median over clients of a per-label statistic, each client counting once.
+
+    Parameters
+    ----------
+    statistic : list of ndarray
+        One (K, J) array per client.
+    counts : ndarray of int64
+        Samples per client and label, (clients, K); pairs without samples are left out.
+    min_clients : int
+        Labels held by fewer clients are NaN.
+
+    Returns
+    -------
+    ndarray
+        (K, J) float64.
+    """
+    result = np.full(statistic[0].shape, np.nan)
+    for k in range(result.shape[0]):
+        holders = np.flatnonzero(counts[:, k])
+        if len(holders) >= min_clients:
+            # Neurons first: the median then runs along contiguous memory.
+            values = np.stack([statistic[i][k] for i in holders], axis=1)
+            result[k] = np.median(values, axis=1, overwrite_input=True)
+    return result
+
+
+def layer_scale(clean_mean: FloatArray, layer_of: IntArray) -> FloatArray:
+    """What each neuron's values are divided by, (J,), so that every layer weighs about the same.
+
+    The spread of the clean class means over a whole layer, its neurons and classes together, times
+    the square root of its size. (Spread over classes alone would blow up the first layers, whose
+    neurons hardly tell classes apart but see the trigger's pixels whether the model cares or not.)
+    """
+    known = clean_mean[~np.isnan(clean_mean).any(1)]
+    if not len(known):
+        return np.ones(len(layer_of))
+    sizes = np.bincount(layer_of)
+    mean = np.bincount(layer_of, weights=known.mean(0)) / sizes
+    square = np.bincount(layer_of, weights=(known**2).mean(0)) / sizes
+    spread = np.sqrt(np.maximum(square - mean**2, 1e-12))
+    scale: FloatArray = (spread * np.sqrt(sizes))[layer_of]
+    return scale
+
+
+def unmix(
+    means: list[NDArray[np.float32]],
+    variances: list[NDArray[np.float32]],
+    counts: NDArray[np.int64],
+    clean_mean: FloatArray,
+    scale: FloatArray,
+) -> Unmixing:
+    """Write every (client, label) mean as a non-negative combination of the clean class means.
+
+    Parameters
+    ----------
+    means, variances : list of ndarray
+        One (K, J) array per client.
+    counts : ndarray of int64
+        (clients, K).
+    clean_mean : ndarray
+        (K, J), NaN for unknown classes.
+    scale : ndarray
+        (J,).
+    """
+    labels = np.flatnonzero(~np.isnan(clean_mean).any(1))
+    shape = counts.shape
+    result = Unmixing(
+        np.full(shape, np.nan), np.full(shape, np.nan), np.zeros((*shape, shape[1]))
+    )
+    if len(labels) < 2:
+        return result
+    # |A w - z| and |R w - Q'z| differ by a constant: with A = QR every problem shrinks to K x K.
+    basis = clean_mean[labels] / scale
+    q, r = np.linalg.qr(basis.T)
+    precision = 1 / scale**2
+    for i, (mean, variance) in enumerate(zip(means, variances, strict=True)):
+        mine = labels[counts[i, labels] > 0]
+        scaled = mean[mine] / scale
+        projected = scaled @ q
+        weights = np.stack([nnls(r, b)[0] for b in projected]) if len(mine) else np.empty((0, 0))
+        for row, k in enumerate(mine):
+            total = weights[row].sum()
+            own = weights[row, np.searchsorted(labels, k)]
+            result.foreign[i, k] = 1 - own / total if total > 0 else 1.0
+            result.weights[i, k, labels] = weights[row]
+            remainder = scaled[row] - weights[row] @ basis
+            noise = (variance[k] / counts[i, k]) @ precision
+            result.surprise[i, k] = np.sqrt((remainder @ remainder) / max(noise, 1e-12))
+    return result
+
+
+def upper_break(scores: FloatArray) -> IntArray:
+    """Neurons above the natural break of the positive scores (Jenks, two groups), worst first."""
+    positive = np.flatnonzero(scores > 0)
+    ranked = positive[np.lexsort((positive, -scores[positive]))][:_MOST_BREAKABLE]
+    if len(np.unique(scores[ranked])) < 3:
+        return ranked
+    boundary = jenkspy.jenks_breaks(scores[ranked], n_classes=2)[1]
+    compromised: IntArray = ranked[scores[ranked] > boundary]
+    return compromised
+
+
+def _standardised(difference: FloatArray, deviation: FloatArray) -> FloatArray:
+    """Difference in standard deviations; 0 for neurons that do not vary within the class."""
+    return np.divide(
+        difference, deviation, out=np.zeros(len(difference)), where=deviation > 1e-6
+    )

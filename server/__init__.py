@@ -1,0 +1,1 @@
+"""The Flower ServerApp: strategy, evaluation, checkpoints and the audit trail."""

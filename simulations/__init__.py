@@ -1,0 +1,1 @@
+"""Experiments: configuration files, engines that run the apps, results, plots and reports."""

@@ -1,0 +1,167 @@
+"""An experiment: all sections of the configuration together, and what must hold between them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from server.config import DefenseConfig
+from tasks import models
+from tasks.config import (
+    AttackConfig,
+    ConfigError,
+    ExperimentConfig,
+    RunConfig,
+    RunConfigValue,
+    TaskConfig,
+    TrainConfig,
+    parse,
+    to_run_config,
+)
+from tasks.poisoning import DEFAULT_TRIGGER, Trigger
+
+__all__ = ["SECTIONS", "ConfigError", "Experiment", "load"]
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "experiment": ExperimentConfig,
+    "task": TaskConfig,
+    "train": TrainConfig,
+    "attack": AttackConfig,
+    "defense": DefenseConfig,
+    "run": RunConfig,
+}
+
+# What the checks below need to know of a data set before anything is loaded.
+_CLASSES = 10
+_SHAPES = {
+    "mnist5k": (1, 28, 28),
+    "mnist": (1, 28, 28),
+    "fashion-mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+}
+
+
+class Experiment(BaseModel):
+    """All sections of one experiment, valid together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experiment: ExperimentConfig
+    task: TaskConfig
+    train: TrainConfig
+    attack: AttackConfig
+    defense: DefenseConfig
+    run: RunConfig
+
+    @property
+    def trigger(self) -> Trigger:
+        """The trigger that is stamped, and that ASR is measured with."""
+        parts = self.attack.trigger
+        return DEFAULT_TRIGGER[self.task.dataset] if parts is None else Trigger(parts)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes this experiment this experiment, wherever it runs."""
+        return self.model_dump(mode="json", exclude={"run"})
+
+    def run_config(self) -> dict[str, RunConfigValue]:
+        """Return the flat form that both Flower apps read."""
+        return to_run_config({name: getattr(self, name) for name in SECTIONS})
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment from a TOML file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. Without ``run.output`` the results go to ``results/NAME``.
+    overrides : sequence of str
+        ``"section.key=VALUE"``, the value as in TOML; they win over the file.
+
+    Raises
+    ------
+    ConfigError
+        One sentence naming the key, its value and the legal range.
+    """
+    document = _read(Path(path))
+    for override in overrides:
+        _apply(document, override)
+    if unknown := [name for name in document if name not in SECTIONS]:
+        raise ConfigError(f"[{unknown[0]}] is not a known section: there are {_sections()}")
+    first = parse(ExperimentConfig, "experiment", document.get("experiment", {}))
+    run = document.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("output", f"results/{first.name}")
+    sections = {
+        name: parse(model, name, document.get(name, {})) for name, model in SECTIONS.items()
+    }
+    experiment = Experiment(**sections)
+    _check_together(experiment)
+    return experiment
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    """Set one key of a section, ``section.key=VALUE``."""
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and name):
+        raise ConfigError(f"--set {override} is not legal: expected section.key=VALUE")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    if list(parsed) != ["value"]:
+        raise ConfigError(
+            f"{key} = {text} is not legal: expected a TOML value (text in double quotes)"
+        )
+    table = document.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{section} = {table} is not legal: expected a table [{section}]")
+    table[name] = parsed["value"]
+
+
+def _check_together(experiment: Experiment) -> None:
+    """Check what no section can see alone."""
+    clients, attack, task = experiment.experiment.clients, experiment.attack, experiment.task
+    shape = _SHAPES[task.dataset]
+    if attack.name != "none" and attack.malicious >= clients:
+        raise ConfigError(
+            f"attack.malicious = {attack.malicious} is not legal: expected a whole number >= 0 "
+            f"and < {clients} (experiment.clients)"
+        )
+    if attack.target >= _CLASSES:
+        raise ConfigError(
+            f"attack.target = {attack.target} is not legal: expected a whole number >= 0 "
+            f"and < {_CLASSES} (the classes of {task.dataset})"
+        )
+    if experiment.defense.name == "multikrum" and experiment.defense.f >= clients:
+        raise ConfigError(
+            f"defense.f = {experiment.defense.f} is not legal: expected a whole number >= 0 "
+            f"and < {clients} (experiment.clients)"
+        )
+    try:
+        experiment.trigger.check(shape)
+    except ValueError as error:
+        raise ConfigError(f"attack.trigger is not legal for {task.dataset}: {error}") from None
+    if task.model is not None:
+        try:
+            models.build(task.model, shape, _CLASSES, seed=0)
+        except ValueError as error:
+            raise ConfigError(f"task.model is not legal for {task.dataset}: {error}") from None
+
+
+def _sections() -> str:
+    return ", ".join(f"[{name}]" for name in SECTIONS)

@@ -1,0 +1,186 @@
+"""Runs the apps through a real ``flwr run``, with a SuperLink, a Flower home and ports of its own.
+
+Nothing that Flower would keep in the user's home folder is read or written, and no process is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from tasks.config import RunConfigValue
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+CONNECTION = "experiment"
+STARTUP_SECONDS = 60
+STOP_SECONDS = 15
+
+# Keep Flower and Ray from asking the network for anything; without the first one, Flower would run
+# `uv sync` before each run.
+OFFLINE = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class FlowerError(RuntimeError):
+    """Flower could not be started, or the run failed."""
+
+
+def run_flower(
+    run_config: Mapping[str, RunConfigValue],
+    *,
+    clients: int,
+    log: Path,
+    app: Path = CHECKOUT,
+    workers: int | None = None,
+) -> None:
+    """Run the apps of a folder to their end.
+
+    Parameters
+    ----------
+    run_config : mapping
+        Flat scalars; each key must have a default in the ``pyproject.toml`` of `app`. The apps run
+        from a bundle elsewhere, so paths must be absolute.
+    clients : int
+        Number of virtual SuperNodes.
+    log : Path
+        What Flower's processes print is appended to this file.
+    app : Path
+        The folder with the ``pyproject.toml``.
+    workers : int, optional
+        Clients that work at the same time; one for each core if not given.
+
+    Raises
+    ------
+    FlowerError
+        When Flower does not start or the run ends in anything but success.
+    """
+    # From a neutral folder: beside the sources, Ray's processes would import the working tree
+    # instead of the bundle.
+    with tempfile.TemporaryDirectory(prefix="flower-") as folder, log.open("ab") as stream:
+        flower = _Flower(Path(folder), stream)
+        with flower.superlink():
+            flower.run(app.resolve(), run_config, clients, workers or os.cpu_count() or 1)
+            status = flower.status()
+    if status != "finished:completed":
+        raise FlowerError(f"the run ended as {status}")
+
+
+class _Flower:
+    """Flower's command-line programs, confined to one folder."""
+
+    def __init__(self, home: Path, log: IO[bytes]) -> None:
+        self._home = home
+        self._log = log
+        self._port = _free_port()
+        scripts = sysconfig.get_path("scripts")
+        self._environment = {
+            **os.environ,
+            **OFFLINE,
+            "FLWR_HOME": str(home),
+            "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+        }
+        self._environment.pop("PYTHONPATH", None)  # would lead to the working tree as well
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+            f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{self._port}"\ninsecure = true\n'
+        )
+
+    @contextmanager
+    def superlink(self) -> Iterator[None]:
+        """Run a SuperLink with its simulation runtime; stop it and all that it started."""
+        command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+        command += ["--host", "127.0.0.1", "--port", str(self._port)]
+        process = subprocess.Popen(
+            command,
+            cwd=self._home,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            self._wait_until_healthy(process)
+            yield
+        finally:
+            _stop_group(process)
+
+    def run(
+        self, app: Path, run_config: Mapping[str, RunConfigValue], clients: int, workers: int
+    ) -> None:
+        """Submit the run and follow it to its end."""
+        settings = self._home / "run-config.toml"
+        # JSON's scalars are TOML's.
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()]
+        settings.write_text("".join(lines))
+        federation = (
+            f"num-supernodes={clients} client-resources-num-cpus=1 init-args-num-cpus={workers}"
+        )
+        command = ["flwr", "run", str(app), CONNECTION, "--stream", "--run-config", str(settings)]
+        command += ["--federation-config", federation]
+        result = self._call(command, stdout=self._log, stderr=subprocess.STDOUT)
+        if result.returncode:
+            raise FlowerError(f"`flwr run` exited with {result.returncode}")
+
+    def status(self) -> str:
+        """Return how the run ended; `flwr run` itself exits with 0 whatever happened."""
+        command = ["flwr", "list", CONNECTION, "--format", "json"]
+        result = self._call(command, stdout=subprocess.PIPE, stderr=self._log)
+        try:
+            return str(json.loads(result.stdout)["runs"][0]["status"])
+        except (ValueError, KeyError, IndexError):
+            raise FlowerError("`flwr list` did not say how the run ended") from None
+
+    def _call(self, command: list[str], **streams: Any) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            command, cwd=self._home, env=self._environment, stdin=subprocess.DEVNULL, **streams
+        )
+
+    def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise FlowerError(f"the SuperLink exited with {process.returncode} on start")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=1):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise FlowerError(f"the SuperLink did not answer within {STARTUP_SECONDS} s")
+
+
+def _free_port() -> int:
+    """Find a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _stop_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads its own session, and all that is left of that session."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()

