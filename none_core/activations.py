@@ -1,4 +1,4 @@
-"""Activation reports: what a client tells the server about how the global model behaves on its data.
+"""Activation reports: what a client tells the server about how the model behaves on its data.
 
 A report is built in one pass over the data with memory that does not depend on the number of
 samples, merges with other reports, and travels as a few small byte arrays. Every report that comes
@@ -7,6 +7,7 @@ from outside is read by :func:`decode_report` and by nothing else.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from none_core.neurons import NeuronMap
+from none_core.refusal import Refusal
 
 LABEL_HISTOGRAMS = "label-histograms"
 LINEAR_SHARE = "linear-share"
@@ -31,6 +33,8 @@ _OFFSET_STEPS = 127  # ... and travel in 127 steps either way from the histogram
 CONFIDENT = 0.9  # a sample counts as "predicted k" by the contrast rule above this probability ...
 UNLIKELY = 0.1  # ... and as "not k" below this one
 
+_MOST_POSITIONS = 1 << 24  # in one channel of one sample; keeps sums over clients inside int64
+
 
 class HistogramGrid:
     """The one grid on which every report counts activation values: signed and roughly logarithmic.
@@ -38,8 +42,9 @@ class HistogramGrid:
     Bins are read off the bits of a float32: its sign, its exponent and the top bit of its mantissa.
     That makes two bins an octave, with edges 1, 1.5, 2, 3, 4, 6, ..., symmetric about zero, without
     a logarithm and with the same result on every machine. Values nearer to zero than
-    :attr:`SMALLEST` share one bin on each side of zero, so the sign of a value is never lost; values
-    beyond :attr:`LARGEST` (and infinities) fall into the outermost bins, NaN into the lowest.
+    :attr:`SMALLEST` share one bin on each side of zero, so the sign of a value is never lost (-0.0
+    counts as zero); values beyond :attr:`LARGEST`, and infinities, fall into the outermost bins,
+    NaN into the lowest.
 
     Because everybody uses this grid, histograms merge without agreeing on a range first.
     """
@@ -82,17 +87,10 @@ class HistogramGrid:
         return torch.where(values >= 0, magnitude + cls.PER_SIGN, cls.PER_SIGN - 1 - magnitude)
 
 
-class ReportError(ValueError):
-    """A report that was refused: who sent it, which field is at fault and why.
+class ReportError(Refusal):
+    """A report that was refused."""
 
-    Attributes
-    ----------
-    sender, field, reason : str
-    """
-
-    def __init__(self, sender: str, field: str, reason: str) -> None:
-        self.sender, self.field, self.reason = sender, field, reason
-        super().__init__(f"activation report of {sender} refused: {field}: {reason}")
+    what = "activation report"
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,7 @@ class ReportSpec:
     statistics: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        """Check the values."""
         unknown = set(self.statistics) - set(STATISTICS)
         if unknown:
             raise ValueError(f"unknown statistics {sorted(unknown)}; known are {list(STATISTICS)}")
@@ -124,11 +123,11 @@ class ReportSpec:
             )
 
     def fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (kind, shape) of every array of the report; kind is "count", "sum" or "real"."""
+        """Kind ("count", "histogram", "sum" or "real") and shape of every array of the report."""
         j, k = self.neurons, self.labels
         fields: dict[str, tuple[str, tuple[int, ...]]] = {"predictions": ("count", (k, k))}
         if LABEL_HISTOGRAMS in self.statistics:
-            fields["histograms"] = ("count", (k, j, HistogramGrid.BINS))
+            fields["histograms"] = ("histogram", (k, j, HistogramGrid.BINS))
             fields["sums"] = ("sum", (k, j))
         if LINEAR_SHARE in self.statistics:
             fields["at_least_zero"] = ("count", (j,))
@@ -170,6 +169,7 @@ class Report:
     arrays: dict[str, NDArray[Any]] = field(repr=False)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
+        """Array of one field."""
         return self.arrays[name]
 
     @cached_property
@@ -186,21 +186,25 @@ class Report:
 
     @cached_property
     def _grid_sums(self) -> NDArray[np.floating[Any]]:
-        """Per label and neuron, (K, J, 4): samples, and their sums of centre, centre**2, half width."""
+        """Samples and sums of their bins' centre, centre**2 and half width, (K, J, 4)."""
         histograms = self["histograms"]
         # float32 is exact for counts below 2**24, and this is the hot spot of reading a report.
-        dtype = np.float32 if int(self.counts.max(initial=0)) < 1 << 24 else np.float64
+        dtype: type[np.floating[Any]] = np.float32
+        if int(self.counts.max(initial=0)) >= 1 << 24:
+            dtype = np.float64
         grid = HistogramGrid
         columns = [np.ones(grid.BINS), grid.CENTRES, grid.CENTRES**2, grid.HALF_WIDTHS]
-        sums: NDArray[np.floating[Any]] = histograms.astype(dtype) @ np.stack(columns, 1, dtype=dtype)
+        table = np.stack(columns, axis=1).astype(dtype)
+        sums: NDArray[np.floating[Any]] = histograms.astype(dtype) @ table
         return sums
 
     def moments(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and variance of every neuron per label; NaN for labels without samples.
 
         The mean comes from the sums: exact up to 2**-17 where the report was built, and up to 1/254
-        of the mean half width of the bins involved where it was received. The variance comes from
-        the histograms, with every sample at the middle of its bin.
+        of the mean half width of the bins involved where it was received, both up to the rounding
+        of float32; values beyond the grid's ends count as the ends. The variance comes from the
+        histograms, with every sample at the middle of its bin.
 
         Returns
         -------
@@ -227,10 +231,11 @@ class Report:
         return shares
 
     def quantiles(self, q: float) -> NDArray[np.float64]:
-        """The q-quantile of every neuron per label, (K, J), linear inside the quantile's bin.
+        """Return the q-quantile of every neuron per label, (K, J), linear inside its bin.
 
         It lies in the same bin as the exact (lower) quantile of the samples, so the error is at
-        most the width of that bin: max(SMALLEST, |value| / 2). NaN for labels without samples.
+        most the width of that bin: max(SMALLEST, |value| / 2). Values beyond the grid's ends are
+        read as 1 to 1.5 times LARGEST. NaN for labels without samples.
         """
         if not 0 <= q <= 1:
             raise ValueError(f"q must be in [0, 1], got {q}")
@@ -254,9 +259,16 @@ class Report:
 
         Associative and commutative: exactly for counts and maxima, up to float64 rounding for the
         two sums of ``prediction-extremes``.
+
+        Raises
+        ------
+        ValueError
+            If the reports' specs differ, or a histogram could hold more than 2**32 - 1 samples.
         """
         if self.spec != other.spec:
             raise ValueError(f"reports of different shape do not merge: {self.spec}, {other.spec}")
+        if int((self.counts + other.counts).max()) > np.iinfo(np.uint32).max:
+            raise ValueError("the reports hold too many samples together for 32-bit histograms")
         combine = {name: np.add for name in self.arrays} | {"confident_max": np.maximum}
         return Report(
             self.spec, {name: combine[name](self[name], other[name]) for name in self.arrays}
@@ -281,7 +293,8 @@ class Report:
         share = np.divide(
             deviation, half_widths, out=np.zeros(deviation.shape), where=half_widths > 0
         )
-        return np.rint(np.clip(share, -1, 1) * _OFFSET_STEPS).astype(np.int8)
+        offsets: NDArray[np.int8] = np.rint(np.clip(share, -1, 1) * _OFFSET_STEPS).astype(np.int8)
+        return offsets
 
     def _with_sums_from(self, offsets: NDArray[np.int8]) -> Report:
         _, centres, _, half_widths = np.moveaxis(self._grid_sums.astype(np.float64), -1, 0)
@@ -301,14 +314,17 @@ class ReportBuilder:
 
     def __init__(self, spec: ReportSpec) -> None:
         self.spec = spec
-        dtypes = {"count": torch.int64, "sum": torch.int64, "real": torch.float64}
+        dtypes = {
+            "count": torch.int64,
+            # Half the memory of int64, and far more samples than a pass can hold.
+            "histogram": torch.int32,
+            "sum": torch.int64,
+            "real": torch.float64,
+        }
         self._arrays = {
             name: torch.zeros(shape, dtype=dtypes[kind])
             for name, (kind, shape) in spec.fields().items()
         }
-        if LABEL_HISTOGRAMS in spec.statistics:
-            # Half the memory of int64, and far more samples than a pass can hold.
-            self._arrays["histograms"] = self._arrays["histograms"].to(torch.int32)
         if PREDICTION_EXTREMES in spec.statistics:
             self._arrays["confident_max"].fill_(-torch.inf)
 
@@ -326,6 +342,8 @@ class ReportBuilder:
             Local labels, (n,), 0..K-1.
         """
         k = self.spec.labels
+        if logits.ndim != 2 or logits.shape[1] != k:
+            raise ValueError(f"logits must be (n, {k}), got {tuple(logits.shape)}")
         predictions = logits.argmax(1)
         pairs = (labels * k + predictions).cpu()
         self._arrays["predictions"].view(-1).add_(torch.bincount(pairs, minlength=k * k))
@@ -427,7 +445,7 @@ def build_report(
     """
     builder = ReportBuilder(spec)
     reader = neuron_map.reader(model)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
@@ -435,7 +453,8 @@ def build_report(
                 logits, reads = reader(inputs)
                 builder.add(reads, logits, labels)
     finally:
-        model.train(training)
+        for module, training in modes:  # one by one: a frozen part of a model stays frozen
+            module.training = training
     return builder.report(min_count)
 
 
@@ -467,7 +486,7 @@ def decode_report(
     wanted = spec.fields()
     if missing := sorted(wanted.keys() - fields.keys()):
         raise ReportError(sender, missing[0], "is missing")
-    if extra := sorted(fields.keys() - wanted.keys()):
+    if extra := sorted(fields.keys() - wanted.keys(), key=repr):
         raise ReportError(sender, repr(extra[0])[:80], "was not asked for")
     arrays: dict[str, NDArray[Any]] = {}
     for name, (kind, shape) in wanted.items():
@@ -486,12 +505,13 @@ def _check_consistency(report: Report, sender: str, max_samples: int) -> None:
         if not condition:
             raise ReportError(sender, name, reason)
 
-    total = int(report.counts.sum())
+    # In float64: a sum of hostile int64 counts can wrap around to anything.
+    total = float(report["predictions"].sum(dtype=np.float64))
     demand(total > 0, "predictions", "holds no sample")
     demand(
         total <= max_samples,
         "predictions",
-        f"claims {total} samples, more than the {max_samples} allowed",
+        f"claims {total:.0f} samples, more than the {max_samples} allowed",
     )
     if LABEL_HISTOGRAMS in report.spec.statistics:
         demand(
@@ -505,15 +525,25 @@ def _check_consistency(report: Report, sender: str, max_samples: int) -> None:
             "at_least_zero",
             "exceeds the number of positions",
         )
+        demand(
+            (report["positions"] <= max_samples * _MOST_POSITIONS).all(),
+            "positions",
+            f"claims more than {max_samples} samples of {_MOST_POSITIONS} positions",
+        )
     if PREDICTION_EXTREMES in report.spec.statistics:
-        # float32 values: their square fits float64, so finite sums are all that can be honest.
+        # Values are float32, so their squares and the sums of these are finite in float64.
         limit = float(np.finfo(np.float32).max)
-        for name in ("confident", "unlikely"):
-            demand(
-                (report[f"{name}_count"] <= max_samples).all(),
-                f"{name}_count",
-                f"claims more than {max_samples} samples",
-            )
+        demand(
+            # A sample is confidently predicted as one class at most.
+            report["confident_count"].sum(dtype=np.float64) <= max_samples,
+            "confident_count",
+            f"claims more than {max_samples} samples",
+        )
+        demand(
+            (report["unlikely_count"] <= max_samples).all(),
+            "unlikely_count",
+            f"claims more than {max_samples} samples",
+        )
         empty = report["confident_count"] == 0
         maxima = report["confident_max"]
         demand(
@@ -523,11 +553,15 @@ def _check_consistency(report: Report, sender: str, max_samples: int) -> None:
         )
         count = report["unlikely_count"][:, None].astype(np.float64)
         sums, squares = report["unlikely_sum"], report["unlikely_square_sum"]
-        demand((np.abs(sums) <= count * limit).all(), "unlikely_sum", "is not finite")
         demand(
-            (np.isfinite(squares) & (squares >= 0)).all(),
+            (np.abs(sums) <= count * limit).all(),
+            "unlikely_sum",
+            "is not finite, or not zero where there are no samples",
+        )
+        demand(
+            ((squares >= 0) & (squares <= count * limit**2)).all(),
             "unlikely_square_sum",
-            "is negative or not finite",
+            "is negative, not finite, or not zero where there are no samples",
         )
         with np.errstate(over="ignore"):
             demand(
@@ -541,10 +575,14 @@ def _check_consistency(report: Report, sender: str, max_samples: int) -> None:
 # One width byte, then zlib over the little-endian byte planes: all lowest bytes, then all second
 # bytes, and so on. Counts are small, so the upper planes are runs of zeros.
 
-_COUNT_WIDTHS = (1, 2, 4, 8)
 _REAL_WIDTH = 8
 _OFFSET_WIDTH = 1
-_WIDTHS = {"count": _COUNT_WIDTHS, "real": (_REAL_WIDTH,), "sum": (_OFFSET_WIDTH,)}
+_WIDTHS = {
+    "count": (1, 2, 4, 8),
+    "histogram": (1, 2, 4),
+    "real": (_REAL_WIDTH,),
+    "sum": (_OFFSET_WIDTH,),
+}
 
 
 def _pack(array: NDArray[Any], kind: str) -> NDArray[np.uint8]:
@@ -554,12 +592,12 @@ def _pack(array: NDArray[Any], kind: str) -> NDArray[np.uint8]:
         width, data = _OFFSET_WIDTH, array
     else:
         largest = int(array.max(initial=0))
-        width = next(w for w in _COUNT_WIDTHS if largest < 1 << 8 * w)
+        width = next(w for w in _WIDTHS[kind] if largest < 1 << 8 * w)
         data = array.astype(f"<u{width}")
     planes = np.ascontiguousarray(data.reshape(-1, 1).view(np.uint8).T)
     # Run lengths and Huffman codes only: on histograms smaller and faster than full matching.
     stream = zlib.compressobj(strategy=zlib.Z_RLE)
-    packed = bytes([width]) + stream.compress(planes) + stream.flush()
+    packed = bytes([width]) + stream.compress(planes.tobytes()) + stream.flush()
     return np.frombuffer(packed, np.uint8)
 
 
@@ -571,7 +609,9 @@ def _unpack(packed: NDArray[Any], kind: str, shape: tuple[int, ...]) -> NDArray[
     width = int(packed[0])
     if width not in _WIDTHS[kind]:
         raise ValueError(f"has an unknown width of {width} bytes")
-    size = int(np.prod(shape)) * width
+    size = math.prod(shape) * width
+    if packed.size > size + size // 100 + 100:  # zlib adds less to what does not compress
+        raise ValueError("is longer than what it holds")
     stream = zlib.decompressobj()
     try:
         data = stream.decompress(packed[1:].tobytes(), size + 1)
@@ -580,10 +620,13 @@ def _unpack(packed: NDArray[Any], kind: str, shape: tuple[int, ...]) -> NDArray[
     if len(data) != size or not stream.eof or stream.unused_data:
         raise ValueError(f"does not hold the expected {size} bytes")
     planes = np.frombuffer(data, np.uint8).reshape(width, -1)
-    letter = {"count": "u", "real": "f", "sum": "i"}[kind]
+    letter = {"count": "u", "histogram": "u", "real": "f", "sum": "i"}[kind]
     array = np.ascontiguousarray(planes.T).view(f"<{letter}{width}").reshape(shape)
-    if kind != "count":
-        return array
-    if width == 8 and (array > np.iinfo(np.int64).max).any():
-        raise ValueError("holds a count beyond 63 bits")
-    return array if len(shape) == 3 else array.astype(np.int64)
+    if kind == "histogram":
+        # Not as narrow as it came: reports are added to each other.
+        return array.astype(np.uint32)
+    if kind == "count":
+        if width == 8 and (array > np.iinfo(np.int64).max).any():
+            raise ValueError("holds a count beyond 63 bits")
+        return array.astype(np.int64)
+    return array

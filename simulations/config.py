@@ -36,8 +36,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 # What the checks below need to know of a data set before anything is loaded.
-_CLASSES = 10
-_SHAPES = {
+CLASSES = 10
+SHAPES = {
     "mnist5k": (1, 28, 28),
     "mnist": (1, 28, 28),
     "fashion-mnist": (1, 28, 28),
@@ -78,7 +78,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Parameters
     ----------
     path : str or Path
-        The file. Without ``run.output`` the results go to ``results/NAME``.
+        The file. Without ``run.output`` the results go to ``results/NAME``; relative paths start
+        at the current folder.
     overrides : sequence of str
         ``"section.key=VALUE"``, the value as in TOML; they win over the file.
 
@@ -99,9 +100,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     sections = {
         name: parse(model, name, document.get(name, {})) for name, model in SECTIONS.items()
     }
+    sections["run"] = _absolute(sections["run"])
     experiment = Experiment(**sections)
     _check_together(experiment)
     return experiment
+
+
+def _absolute(run: RunConfig) -> RunConfig:
+    """Make paths absolute: the apps may run in another folder."""
+    root = None if run.data_root is None else str(Path(run.data_root).expanduser().absolute())
+    return RunConfig(output=str(Path(run.output).expanduser().absolute()), data_root=root)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -136,16 +144,16 @@ def _apply(document: dict[str, Any], override: str) -> None:
 def _check_together(experiment: Experiment) -> None:
     """Check what no section can see alone."""
     clients, attack, task = experiment.experiment.clients, experiment.attack, experiment.task
-    shape = _SHAPES[task.dataset]
+    shape = SHAPES[task.dataset]
     if attack.name != "none" and attack.malicious >= clients:
         raise ConfigError(
             f"attack.malicious = {attack.malicious} is not legal: expected a whole number >= 0 "
             f"and < {clients} (experiment.clients)"
         )
-    if attack.target >= _CLASSES:
+    if attack.target >= CLASSES:
         raise ConfigError(
             f"attack.target = {attack.target} is not legal: expected a whole number >= 0 "
-            f"and < {_CLASSES} (the classes of {task.dataset})"
+            f"and < {CLASSES} (the classes of {task.dataset})"
         )
     if experiment.defense.name == "multikrum" and experiment.defense.f >= clients:
         raise ConfigError(
@@ -158,7 +166,7 @@ def _check_together(experiment: Experiment) -> None:
         raise ConfigError(f"attack.trigger is not legal for {task.dataset}: {error}") from None
     if task.model is not None:
         try:
-            models.build(task.model, shape, _CLASSES, seed=0)
+            models.build(task.model, shape, CLASSES, seed=0)
         except ValueError as error:
             raise ConfigError(f"task.model is not legal for {task.dataset}: {error}") from None
 

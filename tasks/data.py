@@ -51,6 +51,15 @@ _CIFAR10 = (
 )
 _CIFAR10_SIDE = 32
 
+# What has to be known of a data set before it is loaded.
+CLASSES = 10
+SHAPES = {
+    "mnist5k": (1, 28, 28),
+    "mnist": (1, 28, 28),
+    "fashion-mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+}
+
 _Images = npt.NDArray[np.uint8]
 _Labels = npt.NDArray[np.integer]
 

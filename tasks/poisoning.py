@@ -20,6 +20,9 @@ from torch import Tensor
 
 Pixel = tuple[int, int]  # row, column
 
+# Keeps this choice apart from everything else that is drawn from an experiment's seed.
+_MALICIOUS_STREAM = 1
+
 
 @dataclass(frozen=True)
 class Trigger:
@@ -149,6 +152,27 @@ def poison(
     candidates = np.flatnonzero(values != target)
     number = min(round(rate * len(values)), len(candidates))
     return np.sort(rng.choice(candidates, size=number, replace=False))
+
+
+def malicious_clients(clients: int, number: int, seed: int) -> tuple[int, ...]:
+    """Choose which participants are malicious; the position in the tuple says whose part is whose.
+
+    Parameters
+    ----------
+    clients : int
+        Number of participants.
+    number : int
+        How many of them are malicious, at most ``clients``.
+    seed : int
+        The experiment's.
+
+    Returns
+    -------
+    tuple of int
+        Partition ids, ascending.
+    """
+    rng = np.random.default_rng([seed, _MALICIOUS_STREAM])
+    return tuple(sorted(int(p) for p in rng.permutation(clients)[:number]))
 
 
 def _check_inside(pixels: Sequence[Pixel], shape: Sequence[int]) -> None:

@@ -116,7 +116,7 @@ def worst_of_each_layer(scores: FloatArray, layer_of: IntArray, share: float) ->
     Parameters
     ----------
     scores : ndarray
-        (J,); neurons with -inf are never chosen.
+        (J,); neurons with -inf or NaN are never chosen. Equal scores: the lower index first.
     layer_of : ndarray of int64
         (J,).
     share : float
@@ -126,7 +126,8 @@ def worst_of_each_layer(scores: FloatArray, layer_of: IntArray, share: float) ->
     starts = np.searchsorted(layer_of[order], layer_of[order], side="left")
     rank = np.arange(len(scores)) - starts  # within the layer, 0 is the worst
     sizes = np.bincount(layer_of)
-    allowed = np.maximum(np.floor(share * sizes), 1).astype(np.int64)[layer_of[order]]
-    chosen = order[(rank < allowed) & np.isfinite(scores[order])]
+    # 0.29 * 100 is 28.999...96, but means 29.
+    allowed = np.maximum(np.floor(share * sizes + 1e-9), 1).astype(np.int64)[layer_of[order]]
+    chosen = order[(rank < allowed) & (scores[order] > -np.inf)]
     worst_first: IntArray = chosen[np.lexsort((chosen, -scores[chosen]))]
     return worst_first

@@ -17,7 +17,7 @@ from none_core.detection.base import Detection, Detector, IntArray, worst_of_eac
 
 
 class Summary(NamedTuple):
-    """The five statistics of ``prediction-extremes``; see :class:`~none_core.activations.Report`."""
+    """The statistics of ``prediction-extremes``; see :class:`~none_core.activations.Report`."""
 
     confident_count: NDArray[np.int64]
     confident_max: NDArray[np.float64]

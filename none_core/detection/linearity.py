@@ -1,7 +1,7 @@
 """The paper's own neuron test: a neuron whose values are almost never negative is almost linear.
 
-Source: Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors During
-Training", NeurIPS 2022, Algorithm 1, line 9.
+Source: Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors
+During Training", NeurIPS 2022, Algorithm 1, line 9.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class Linearity(Detector):
 
     def detect(self, summaries: Mapping[int, Summary], layer_of: IntArray) -> Detection:
         """Mark the neurons whose pooled share of values >= 0 reaches theta."""
-        at_least_zero = np.sum([summary[0] for summary in summaries.values()], axis=0)
-        positions = np.sum([summary[1] for summary in summaries.values()], axis=0)
+        # In float64, exact below 2**53: no number of clients can make it wrap around.
+        pairs = np.stack([np.stack(summary) for summary in summaries.values()])
+        at_least_zero, positions = pairs.sum(axis=0, dtype=np.float64)
         shares = np.divide(
             at_least_zero, positions, out=np.zeros(len(layer_of)), where=positions > 0
         )

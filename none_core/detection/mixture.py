@@ -1,8 +1,8 @@
 """Ours: poisoned samples make a client's class look like a mixture of classes, plus a remainder.
 
-A client that relabels images of other classes to class k reports, for k, mean activations that are a
-blend of several classes. What the blend cannot explain is what the *trigger* does to the model: that
-remainder points at the compromised neurons.
+A client that relabels images of other classes to class k reports, for k, mean activations that are
+a blend of several classes. What the blend cannot explain is what the *trigger* does to the model:
+that remainder points at the compromised neurons.
 """
 
 from __future__ import annotations
@@ -67,10 +67,11 @@ class Mixture(Detector):
     4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
        leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
        are an ordinary blend.
-    5. The neurons are ranked by the largest positive remainder over the pairs that are alive; natural
-       breaks (Jenks) separate the compromised ones.
+    5. The neurons are ranked by the largest positive remainder over the pairs that are alive;
+       natural breaks (Jenks) separate the compromised ones.
 
-    It needs honest reports, also from the attackers, and at least ``min_clients`` holders of a label.
+    It needs honest reports, also from the attackers, and at least ``min_clients`` holders of a
+    label.
 
     Parameters
     ----------
@@ -122,7 +123,7 @@ class Mixture(Detector):
         scale = layer_scale(clean_mean, layer_of)
         unmixed = unmix(means, variances, counts, clean_mean, scale)
         suspected = self._suspected(unmixed.foreign)
-        ordinary = np.nanmedian(np.where(suspected, np.nan, unmixed.surprise), axis=None)
+        ordinary = _median(unmixed.surprise[~suspected])
         alive = suspected & (unmixed.surprise > self.alive * ordinary)
 
         scores = np.zeros(len(layer_of))
@@ -186,8 +187,8 @@ def robust_class_statistic(
     ndarray
         (K, J) float64.
     """
-    result = np.full(statistic[0].shape, np.nan)
-    for k in range(result.shape[0]):
+    result: FloatArray = np.full(statistic[0].shape, np.nan)
+    for k in range(counts.shape[1]):
         holders = np.flatnonzero(counts[:, k])
         if len(holders) >= min_clients:
             # Neurons first: the median then runs along contiguous memory.
@@ -197,11 +198,12 @@ def robust_class_statistic(
 
 
 def layer_scale(clean_mean: FloatArray, layer_of: IntArray) -> FloatArray:
-    """What each neuron's values are divided by, (J,), so that every layer weighs about the same.
+    """Give what each neuron's values are divided by, (J,), so that layers weigh about the same.
 
-    The spread of the clean class means over a whole layer, its neurons and classes together, times
-    the square root of its size. (Spread over classes alone would blow up the first layers, whose
-    neurons hardly tell classes apart but see the trigger's pixels whether the model cares or not.)
+    It is the spread of the clean class means over a whole layer, its neurons and classes together,
+    times the square root of its size. (Spread over classes alone would blow up the first layers,
+    whose neurons hardly tell classes apart but see the trigger's pixels whether the model cares or
+    not.)
     """
     known = clean_mean[~np.isnan(clean_mean).any(1)]
     if not len(known):
@@ -236,9 +238,7 @@ def unmix(
     """
     labels = np.flatnonzero(~np.isnan(clean_mean).any(1))
     shape = counts.shape
-    result = Unmixing(
-        np.full(shape, np.nan), np.full(shape, np.nan), np.zeros((*shape, shape[1]))
-    )
+    result = Unmixing(np.full(shape, np.nan), np.full(shape, np.nan), np.zeros((*shape, shape[1])))
     if len(labels) < 2:
         return result
     # |A w - z| and |R w - Q'z| differ by a constant: with A = QR every problem shrinks to K x K.
@@ -265,15 +265,19 @@ def upper_break(scores: FloatArray) -> IntArray:
     """Neurons above the natural break of the positive scores (Jenks, two groups), worst first."""
     positive = np.flatnonzero(scores > 0)
     ranked = positive[np.lexsort((positive, -scores[positive]))][:_MOST_BREAKABLE]
-    if len(np.unique(scores[ranked])) < 3:
+    if len(np.unique(scores[ranked])) < 2:
         return ranked
     boundary = jenkspy.jenks_breaks(scores[ranked], n_classes=2)[1]
     compromised: IntArray = ranked[scores[ranked] > boundary]
     return compromised
 
 
+def _median(surprise: FloatArray) -> float:
+    """Median of the known values; never 0, since it divides: reports can be alike."""
+    known = surprise[np.isfinite(surprise)]
+    return max(float(np.median(known)), 1e-6) if known.size else 1.0
+
+
 def _standardised(difference: FloatArray, deviation: FloatArray) -> FloatArray:
     """Difference in standard deviations; 0 for neurons that do not vary within the class."""
-    return np.divide(
-        difference, deviation, out=np.zeros(len(difference)), where=deviation > 1e-6
-    )
+    return np.divide(difference, deviation, out=np.zeros(len(difference)), where=deviation > 1e-6)

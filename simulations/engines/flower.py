@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,12 +28,13 @@ CONNECTION = "experiment"
 STARTUP_SECONDS = 60
 STOP_SECONDS = 15
 
-# Keep Flower and Ray from asking the network for anything; without the first one, Flower would run
-# `uv sync` before each run.
-OFFLINE = {
+# Flower and Ray are to ask the network for nothing (without the first setting, Flower would run
+# `uv sync` before each run), and sums are not to depend on the number of cores.
+SETTINGS = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -72,13 +74,14 @@ def run_flower(
     """
     # From a neutral folder: beside the sources, Ray's processes would import the working tree
     # instead of the bundle.
+    start = log.stat().st_size if log.exists() else 0
     with tempfile.TemporaryDirectory(prefix="flower-") as folder, log.open("ab") as stream:
         flower = _Flower(Path(folder), stream)
         with flower.superlink():
             flower.run(app.resolve(), run_config, clients, workers or os.cpu_count() or 1)
             status = flower.status()
     if status != "finished:completed":
-        raise FlowerError(f"the run ended as {status}")
+        raise FlowerError(_last_exception(log, start) or f"the run ended as {status}")
 
 
 class _Flower:
@@ -91,7 +94,7 @@ class _Flower:
         scripts = sysconfig.get_path("scripts")
         self._environment = {
             **os.environ,
-            **OFFLINE,
+            **SETTINGS,
             "FLWR_HOME": str(home),
             "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
         }
@@ -163,6 +166,13 @@ class _Flower:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
         raise FlowerError(f"the SuperLink did not answer within {STARTUP_SECONDS} s")
+
+
+def _last_exception(log: Path, start: int) -> str:
+    """Find the last exception that was printed to a log from a position on."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    found = re.findall(r"^(?:\w+\.)*\w+(?:Error|Exception)\b.*$", text, re.MULTILINE)
+    return str(found[-1]).strip() if found else ""
 
 
 def _free_port() -> int:

@@ -179,7 +179,8 @@ class InProcessGrid(Grid):
             with node.lock:
                 reply = _called(self._client_app, message, node.context)
             if reply.has_error():
-                log(ERROR, "client of partition %s: %s", partition, reply.error.reason)
+                *traced, what = str(reply.error.reason).strip().split("\n")
+                log(ERROR, "\n".join([f"client of partition {partition}: {what}", *traced]))
         self._number(reply)
         return reply
 

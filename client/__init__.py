@@ -1,0 +1,1 @@
+"""The participants: a Flower ClientApp, and the attacks of the malicious ones."""

@@ -1,0 +1,112 @@
+"""From a detection to an action: when to ask, when to reset, how much, and when to take it back.
+
+Attribution and quarantine of clients belong here too, as one more step after :func:`decide`; they
+are not part of this version.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from none_core.detection import Detection
+from none_core.detection.base import IntArray, worst_of_each_layer
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How boldly the server acts on a detection.
+
+    Attributes
+    ----------
+    every : int
+        Query in every so-many-th round (and always in the last one), >= 1.
+    start_round : int
+        First round that queries, >= 1. In the first rounds classes are hardly told apart.
+    quorum : float
+        Share of the asked clients whose reports must be valid, in (0, 1].
+    budget : float
+        Largest share of one layer's neurons that one round may reset, in (0, 1]; at least one neuron.
+    guard : float
+        Largest loss of the median client's accuracy that a reset may cost, in [0, 1].
+    """
+
+    every: int = 1
+    start_round: int = 2
+    quorum: float = 0.5
+    budget: float = 0.08
+    guard: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name, value in (("every", self.every), ("start_round", self.start_round)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        for name, share in (("quorum", self.quorum), ("budget", self.budget)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {share}")
+        if not 0 <= self.guard <= 1:
+            raise ValueError(f"guard must be in [0, 1], got {self.guard}")
+
+    def queries(self, server_round: int, last_round: int | None) -> bool:
+        """Whether this round asks for reports; the last round always does, once started."""
+        since = server_round - self.start_round
+        return since >= 0 and (since % self.every == 0 or server_round == last_round)
+
+    def needed(self, asked: int) -> int:
+        """Number of valid reports that make the quorum among ``asked`` clients."""
+        return max(1, math.ceil(self.quorum * asked))
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What to reset and why.
+
+    Attributes
+    ----------
+    neurons : ndarray of int64
+        To be reset, the worst first; may be empty.
+    reason : str
+        One sentence.
+    """
+
+    neurons: IntArray
+    reason: str
+
+
+def decide(detection: Detection, layer_of: IntArray, policy: Policy) -> Decision:
+    """Apply the stop rule and the budget.
+
+    Poisoned *data* look poisoned for ever; resetting because of them destroys a healthy model. So
+    nothing is reset unless the backdoor is alive in the *model*.
+    """
+    nothing = np.empty(0, dtype=np.int64)
+    if not detection.alive:
+        if detection.suspicions:
+            return Decision(nothing, "poisoned data seen, but the model does not react to them")
+        return Decision(nothing, "nothing suspicious")
+    scores = np.full(len(layer_of), -np.inf)
+    scores[detection.compromised] = detection.scores[detection.compromised]
+    neurons = worst_of_each_layer(scores, layer_of, policy.budget)
+    held_back = len(detection.compromised) - len(neurons)
+    reason = f"{len(detection.compromised)} neurons are compromised"
+    if held_back:
+        reason += f", {held_back} of them left for later rounds by the budget"
+    return Decision(neurons, reason)
+
+
+def accuracy_loss(before: Mapping[int, float], after: Mapping[int, float]) -> float:
+    """Median over clients of the accuracy that each lost; NaN if no client reported both.
+
+    A median, because some of the clients may lie.
+    """
+    losses = [before[c] - after[c] for c in before.keys() & after.keys()]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return float(np.median(finite)) if finite else float("nan")
+
+
+def halve(neurons: IntArray) -> IntArray:
+    """Keep the worse half; a single neuron becomes none."""
+    return neurons[: len(neurons) // 2]

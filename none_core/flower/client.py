@@ -1,0 +1,177 @@
+"""NONE's client half for Flower: answer activation queries, and leave poisoned samples out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from none_core.activations import build_report, spatial_maximum
+from none_core.flower import messages
+from none_core.neurons import NeuronMap
+
+_STATE = "none.kept"  # where the client's own state remembers which samples it trains on
+
+CallNext = Callable[[Message, Context], Message]
+
+
+class NoneClient:
+    """Answers the queries of a :class:`~none_core.flower.NoneStrategy` on the client's own data.
+
+    For a new-style app, as a mod and a query handler::
+
+        none = NoneClient(Net, load_data)
+        app = ClientApp(mods=[none.mod])
+        app.query("activations")(none.query)
+
+    and for a legacy one, as a mod alone: ``ClientApp(client_fn, mods=[none.mod])``. The samples to
+    train on are ``none.kept(context)``: all of them, until the server sends a filter.
+
+    Parameters
+    ----------
+    model_fn : callable
+        Builds the global model's architecture.
+    load_data : callable
+        ``context -> Dataset`` of (input, label) with a length and a fixed order. A ``TensorDataset``
+        is read in slices, anything else sample by sample.
+    prepare : callable, optional
+        Applied to each batch of inputs, e.g. to turn bytes into floats.
+    neuron_map : NeuronMap, optional
+        For models that cannot be traced; the server must use the same.
+    batch_size : int
+    """
+
+    def __init__(
+        self,
+        model_fn: Callable[[], nn.Module],
+        load_data: Callable[[Context], Dataset[Any]],
+        *,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+        neuron_map: NeuronMap | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.model_fn, self.load_data = model_fn, load_data
+        self.prepare = prepare or (lambda inputs: inputs)
+        self.neuron_map, self.batch_size = neuron_map, batch_size
+        self._cache = threading.local()  # one model per thread, since clients may share a process
+
+    def query(self, message: Message, context: Context) -> Message:
+        """Report the activations of the model in ``message`` on the samples that are trained on."""
+        arrays, spec, min_count = messages.read_query(message.content)
+        dataset = self.load_data(context)
+        batches = ((x, y) for _, x, y in self._batches(dataset, self.kept(context)))
+        first = next(batches)
+        model, neuron_map = self._model(first[0])
+        if neuron_map.size != spec.neurons:
+            raise ValueError(
+                f"the server asks about {spec.neurons} neurons, but this client's model has "
+                f"{neuron_map.size}: they do not run the same model"
+            )
+        model.load_state_dict(messages.state_of(arrays))
+        report = build_report(model, neuron_map, _chain(first, batches), spec, min_count)
+        return Message(
+            messages.report_content(report, message.content.config_records[messages.QUERY]),
+            reply_to=message,
+        )
+
+    def mod(self, message: Message, context: Context, call_next: CallNext) -> Message:
+        """Flower mod: answers queries, and applies the server's filter before training."""
+        if message.metadata.message_type == messages.MESSAGE_TYPE:
+            return self.query(message, context)
+        if not message.has_content() or messages.FILTER not in message.content:
+            return call_next(message, context)
+        dropped = self.purify(message, context)
+        message.content = messages.without_filter(message.content)
+        reply = call_next(message, context)
+        if reply.has_content():
+            reply.content[messages.PURIFIED] = ConfigRecord({"dropped": dropped})
+        return reply
+
+    def kept(self, context: Context) -> NDArray[np.int64]:
+        """Indices of the samples to train on, ascending."""
+        size = len(self.load_data(context))  # type: ignore[arg-type]
+        record = context.state.array_records.get(_STATE)
+        if record is None:
+            return np.arange(size)
+        mask = record["mask"].numpy()
+        if len(mask) != size:
+            raise ValueError(
+                f"the data set has {size} samples, but had {len(mask)} when it was filtered; "
+                f"load_data must return the same samples in the same order every time"
+            )
+        return np.flatnonzero(mask)
+
+    def purify(self, message: Message, context: Context) -> int:
+        """Drop the samples that exceed the server's filter, for good; how many were dropped now."""
+        sample_filter, undo = messages.read_filter(message.content.array_records[messages.FILTER])
+        dataset = self.load_data(context)
+        kept = self.kept(context)
+        state = undo.apply(messages.state_of(_model_record(message.content)))
+        mask = np.zeros(len(dataset), dtype=np.uint8)  # type: ignore[arg-type]
+        mask[kept] = 1
+        model = reader = None
+        with torch.inference_mode():
+            for indices, inputs, labels in self._batches(dataset, kept):
+                concerned = np.isin(labels.numpy(), sample_filter.labels)
+                if not concerned.any():
+                    continue
+                if model is None:
+                    model, neuron_map = self._model(inputs)
+                    model.load_state_dict(state)
+                    reader = neuron_map.reader(model)
+                assert reader is not None
+                _, reads = reader(inputs[torch.from_numpy(concerned)])
+                values = spatial_maximum(reads).cpu().numpy()
+                drop = sample_filter.flagged(values, labels.numpy()[concerned])
+                mask[indices[concerned][drop]] = 0
+        context.state[_STATE] = ArrayRecord({"mask": Array(mask)})
+        return len(kept) - int(mask.sum())
+
+    def _model(self, inputs: Tensor) -> tuple[nn.Module, NeuronMap]:
+        if not hasattr(self._cache, "model"):
+            self._cache.model = self.model_fn().eval()
+            self._cache.neurons = self.neuron_map or NeuronMap.trace(self._cache.model, inputs[:1])
+        return self._cache.model, self._cache.neurons
+
+    def _batches(
+        self, dataset: Dataset[Any], indices: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+        """Yield (indices, inputs, labels) in order."""
+        parts = [
+            indices[start : start + self.batch_size]
+            for start in range(0, len(indices), self.batch_size)
+        ]
+        if isinstance(dataset, TensorDataset):
+            for part in parts:
+                chosen = torch.from_numpy(part)
+                inputs, labels = (tensor[chosen] for tensor in dataset.tensors)
+                yield part, self.prepare(inputs), labels
+        else:
+            subset = Subset(dataset, indices.tolist())  # type: ignore[arg-type]
+            loader = DataLoader(subset, batch_size=self.batch_size)
+            for part, (inputs, labels) in zip(parts, loader, strict=True):
+                yield part, self.prepare(inputs), torch.as_tensor(labels)
+
+
+def _chain(
+    first: tuple[Tensor, Tensor], rest: Iterator[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    yield first
+    yield from rest
+
+
+def _model_record(content: RecordDict) -> ArrayRecord:
+    """Find the one array record of a train message that is not ours."""
+    others = [r for name, r in content.array_records.items() if name != messages.FILTER]
+    if len(others) != 1:
+        raise ValueError(f"a train message must carry one model, this one carries {len(others)}")
+    return others[0]

@@ -1,0 +1,422 @@
+"""One defended round on the server: admit replies, query, decide, reset, guard, record."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from torch import Tensor, nn
+
+from none_core.activations import Report, ReportSpec
+from none_core.decision import Policy, accuracy_loss, decide, halve
+from none_core.detection import DETECTORS, Detection, Detector
+from none_core.detection.base import IntArray
+from none_core.flower import messages
+from none_core.flower.validation import Template, admit, template_of
+from none_core.neurons import NeuronMap
+from none_core.purification import SampleFilter, build_filter
+from none_core.refusal import Refusal
+from none_core.undo import Undo
+
+AuditSink = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class RoundRecord:
+    """What the defence did in one round.
+
+    Attributes
+    ----------
+    server_round : int
+    decision : str
+        One sentence; empty if the round did not query.
+    asked, reports : int
+        Clients that were asked, and valid reports.
+    refused : list of Refusal
+        Train replies and reports that were refused.
+    missing : int
+        Clients that were asked and did not answer, or answered with an error.
+    purified : dict of int to int
+        Samples that each client says it dropped before training.
+    neurons_reset : ndarray of int64
+        Flat indices, the worst first.
+    detection : Detection or None
+    before : dict of str to Tensor or None
+        State dict of the aggregated model, where neurons were reset.
+    """
+
+    server_round: int
+    decision: str = ""
+    asked: int = 0
+    reports: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+    missing: int = 0
+    purified: dict[int, int] = field(default_factory=dict)
+    neurons_reset: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    detection: Detection | None = None
+    before: dict[str, Tensor] | None = None
+
+    @property
+    def suspected(self) -> list[int]:
+        """Node ids of the suspected clients, ascending."""
+        suspicions = self.detection.suspicions if self.detection else ()
+        return sorted({suspicion.client for suspicion in suspicions})
+
+
+class Defence:
+    """NONE's server half, to be driven by a strategy; see :class:`~none_core.flower.NoneStrategy`.
+
+    Parameters
+    ----------
+    model_fn : callable
+        Builds the global model's architecture; its weights do not matter.
+    example_input : Tensor
+        One batch as the model takes it, to trace the model with; its values do not matter.
+    detector : str or Detector
+        A name in ``none_core.detection.DETECTORS``, or an instance.
+    reset : {"zero", "init"}
+        What reset weights become. Zeroed units of a ReLU network stay out of use, so an attacker
+        cannot use them again; re-drawn ones can learn anew, also for the attacker.
+    policy : Policy, optional
+    purify : bool
+        Send suspected clients (and, with a laxer threshold, all others) a filter for their samples.
+    purify_threshold : float
+        Lambda for suspected clients, in standard deviations.
+    min_count : int
+        Clients leave labels with fewer samples out of their reports.
+    timeout : float
+        Seconds to wait for reports.
+    max_samples : int
+        Largest credible number of samples in a report.
+    max_weight_ratio : float
+        Largest credible multiple of the median number of examples.
+    layers : sequence of str, optional
+        Restrict the defence to these layers of the model.
+    neuron_map : NeuronMap, optional
+        For models that cannot be traced: a map by ``NeuronMap.from_modules``.
+    seed : int
+        For ``reset="init"``.
+    audit : callable, optional
+        Called with one JSON-ready dict per decision.
+    """
+
+    def __init__(
+        self,
+        model_fn: Callable[[], nn.Module],
+        example_input: Tensor,
+        *,
+        detector: str | Detector = "mixture",
+        reset: Literal["zero", "init"] = "zero",
+        policy: Policy | None = None,
+        purify: bool = True,
+        purify_threshold: float = 1.0,
+        min_count: int = 5,
+        timeout: float = 600.0,
+        max_samples: int = 10_000_000,
+        max_weight_ratio: float = 10.0,
+        layers: list[str] | None = None,
+        neuron_map: NeuronMap | None = None,
+        seed: int = 0,
+        audit: AuditSink | None = None,
+    ) -> None:
+        if isinstance(detector, str):
+            if detector not in DETECTORS:
+                raise ValueError(f"detector must be one of {sorted(DETECTORS)}, got {detector!r}")
+            detector = DETECTORS[detector]()
+        if reset not in ("zero", "init"):
+            raise ValueError(f"reset must be 'zero' or 'init', got {reset!r}")
+        if min_count < 1:
+            raise ValueError(f"min_count must be >= 1, got {min_count}")
+        if timeout <= 0:
+            raise ValueError(f"timeout must be > 0 seconds, got {timeout}")
+        if max_weight_ratio <= 1:
+            raise ValueError(f"max_weight_ratio must be > 1, got {max_weight_ratio}")
+        self.detector, self.how, self.policy = detector, reset, policy or Policy()
+        self.purify, self.purify_threshold = purify, purify_threshold
+        self.min_count, self.timeout = min_count, timeout
+        self.max_samples, self.max_weight_ratio = max_samples, max_weight_ratio
+        self.audit = audit
+        self.last_round: int | None = None
+        self.record = RoundRecord(0)
+
+        self._model = model_fn().eval()
+        self.neurons = neuron_map or NeuronMap.trace(self._model, example_input, layers)
+        self.layer_of = self.neurons.layer_of(np.arange(self.neurons.size))
+        with torch.inference_mode():
+            labels = int(self._model(example_input).shape[1])
+        self.spec = ReportSpec(self.neurons.size, labels, detector.statistics)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._grid: Grid | None = None
+        self._nodes: list[int] = []
+        self._template: Template = {}
+        self._filter: SampleFilter | None = None
+        self._filter_undo = Undo({}, {})
+
+    # --- the three moments of a round, in the order in which a strategy meets them ---------------
+
+    def configured(
+        self, server_round: int, arrays: ArrayRecord, outgoing: Iterable[Message], grid: Grid
+    ) -> list[Message]:
+        """Remember who trains what, and put the filter on the train messages."""
+        self.record = RoundRecord(server_round)
+        self._grid = grid
+        self._check_model(arrays)
+        self._template = template_of(arrays)
+        outgoing = list(outgoing)
+        self._nodes = [message.metadata.dst_node_id for message in outgoing]
+        if self._filter is not None:
+            for message in outgoing:
+                message.content = self._with_filter(message, self._filter, server_round)
+        return outgoing
+
+    def admitted(self, replies: Iterable[Message], weighted_by: str) -> list[Message]:
+        """Let in the train replies that the inner strategy can safely aggregate."""
+        valid, refused = admit(
+            replies,
+            self._template,
+            weighted_by=weighted_by,
+            max_weight_ratio=self.max_weight_ratio,
+        )
+        self._refuse(refused)
+        for message in valid:
+            if message.has_content() and messages.PURIFIED in message.content.config_records:
+                dropped = message.content.config_records[messages.PURIFIED].get("dropped")
+                if isinstance(dropped, int):
+                    self.record.purified[message.metadata.src_node_id] = dropped
+        return valid
+
+    def defended(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Give the aggregated model its old dtypes back, and reset what must be reset."""
+        arrays = self._with_dtypes(arrays)
+        server_round = self.record.server_round
+        if not self.policy.queries(server_round, self.last_round):
+            return arrays
+        self._filter = None
+        reports = self._query(arrays, self.spec)
+        needed = self.policy.needed(self.record.asked)
+        if len(reports) < needed:
+            decision = (
+                f"kept the aggregated model: {len(reports)} valid reports of "
+                f"{self.record.asked} asked, quorum is {needed}"
+            )
+            log(WARNING, "NONE round %s: %s", server_round, decision)
+            self._close(decision)
+            return arrays
+        summaries = {client: summary for client, (summary, _, _) in reports.items()}
+        detection = self.detector.detect(summaries, self.layer_of)
+        self.record.detection = detection
+        planned = decide(detection, self.layer_of, self.policy)
+        accuracy = {client: report_accuracy for client, (_, report_accuracy, _) in reports.items()}
+        before = messages.state_of(arrays)
+        after, neurons, decision = self._guarded_reset(
+            before, planned.neurons, planned.reason, accuracy
+        )
+        if neurons.size:
+            self.record.neurons_reset, self.record.before = neurons, before
+            arrays = messages.record_of(after)
+        if self.purify:
+            self._filter = build_filter(detection, self.layer_of)
+            self._filter_undo = Undo.between(before, after)
+        self._close(decision, {client: digest for client, (_, _, digest) in reports.items()})
+        return arrays
+
+    def metrics(self) -> MetricRecord:
+        """Figures of the round under names that start with ``none-``, for existing dashboards."""
+        record = self.record
+        alive = record.detection is not None and record.detection.alive
+        return MetricRecord(
+            {
+                "none-reports": record.reports,
+                "none-missing": record.missing,
+                "none-refused": len(record.refused),
+                "none-suspected": len(record.suspected),
+                "none-alive": int(alive),
+                "none-neurons-reset": int(record.neurons_reset.size),
+                "none-samples-dropped": sum(record.purified.values()),
+            }
+        )
+
+    def summary(self) -> None:
+        """Log the settings as a tree, as Flower's strategies do."""
+        policy = self.policy
+        log(INFO, "\t├──> NONE:")
+        log(INFO, "\t│\t├── Detector: %s | reset: %s", self.detector.name, self.how)
+        log(INFO, "\t│\t├── Neurons: %s in %s layers", self.neurons.size, len(self.neurons.layers))
+        log(INFO, "\t│\t├── Query: every %s from round %s", policy.every, policy.start_round)
+        log(INFO, "\t│\t├── Quorum: %.2f | guard: %.3f", policy.quorum, policy.guard)
+        log(INFO, "\t│\t├── Budget: %.2f of a layer per round", policy.budget)
+        log(INFO, "\t│\t└── Sample filter: %s", "ON" if self.purify else "OFF")
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def _query(
+        self, arrays: ArrayRecord, spec: ReportSpec
+    ) -> dict[int, tuple[Any, float, str]]:
+        """Ask this round's participants; summary, accuracy and digest of each valid report."""
+        assert self._grid is not None
+        server_round = self.record.server_round
+        content = messages.query_content(arrays, spec, self.min_count, server_round)
+        outgoing = [
+            Message(content, node, messages.MESSAGE_TYPE, group_id=str(server_round))
+            for node in self._nodes
+        ]
+        reports: dict[int, tuple[Any, float, str]] = {}
+        asked = set(self._nodes)
+        refused: list[Refusal] = []
+        for reply in self._grid.send_and_receive(outgoing, timeout=self.timeout):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                log(INFO, "\t> node %s failed to report: %s", node, reply.error.reason)
+                continue
+            try:
+                if node not in asked or node in reports:
+                    reason = "was not asked for" if node not in asked else "is a second one"
+                    raise Refusal(messages.sender_of(reply), "report", reason)
+                report = messages.read_report(
+                    reply.content,
+                    spec,
+                    sender=messages.sender_of(reply),
+                    server_round=server_round,
+                    max_samples=self.max_samples,
+                )
+            except Refusal as refusal:
+                refused.append(refusal)
+                continue
+            summary = self.detector.summarise(report) if spec.statistics else None
+            reports[node] = summary, report.accuracy, _digest(report)
+        self._refuse(refused)
+        self.record.asked, self.record.reports = len(asked), len(reports)
+        self.record.missing = len(asked) - len(reports) - len(refused)
+        return reports
+
+    def _guarded_reset(
+        self,
+        before: dict[str, Tensor],
+        neurons: IntArray,
+        reason: str,
+        accuracy: dict[int, float],
+    ) -> tuple[dict[str, Tensor], IntArray, str]:
+        """Reset as much of ``neurons`` as the median client's accuracy allows."""
+        if not neurons.size:
+            return before, neurons, reason
+        tried = []
+        asked, valid = self.record.asked, self.record.reports
+        predictions = ReportSpec(self.spec.neurons, self.spec.labels)
+        while neurons.size:
+            after = self._reset(before, neurons)
+            answers = self._query(messages.record_of(after), predictions)
+            loss = accuracy_loss(accuracy, {client: a[1] for client, a in answers.items()})
+            if math.isnan(loss):
+                reason += "; nobody said what a reset would cost, so none was made"
+                neurons = neurons[:0]
+            elif loss <= self.policy.guard:
+                reason += f"; reset {len(neurons)} at {100 * loss:.1f} points of accuracy"
+                break
+            else:
+                tried.append(f"{len(neurons)} would have cost {100 * loss:.1f} points")
+                neurons = halve(neurons)
+        self.record.asked, self.record.reports = asked, valid
+        if tried:
+            reason += f" ({', '.join(tried)})"
+        return (after if neurons.size else before), neurons, reason
+
+    def _reset(self, before: dict[str, Tensor], neurons: IntArray) -> dict[str, Tensor]:
+        self._model.load_state_dict(before)
+        self.neurons.reset(self._model, neurons, self.how, self._generator)
+        return {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+
+    def _with_filter(
+        self, message: Message, sample_filter: SampleFilter, server_round: int
+    ) -> RecordDict:
+        node = message.metadata.dst_node_id
+        suspicions = self._filter_suspicions
+        mine = sample_filter.for_client(suspicions.get(node, set()), self.purify_threshold)
+        content = RecordDict(dict(message.content))
+        content.update(messages.filter_content(mine, self._filter_undo, server_round))
+        return content
+
+    def _check_model(self, arrays: ArrayRecord) -> None:
+        state = self._model.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        sent = {name: tuple(array.shape) for name, array in arrays.items()}
+        if shapes != sent:
+            differing = sorted(
+                name for name in shapes.keys() | sent.keys() if shapes.get(name) != sent.get(name)
+            )
+            raise ValueError(
+                f"model_fn builds another model than the one that is trained: {differing[:5]} "
+                f"differ in name or shape. NONE needs the whole state_dict in the ArrayRecord."
+            )
+
+    def _with_dtypes(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Averages of integer arrays come back as float64 from Flower; everything else is as sent."""
+        for name, (dtype, _) in self._template.items():
+            if arrays[name].dtype != str(dtype):
+                values = arrays[name].numpy()
+                if dtype.kind in "iu":
+                    values = np.rint(values)
+                arrays[name] = messages.Array(values.astype(dtype))
+        return arrays
+
+    def _refuse(self, refused: list[Refusal]) -> None:
+        for refusal in refused:
+            log(WARNING, "NONE round %s: %s", self.record.server_round, refusal)
+        self.record.refused += refused
+
+    def _close(self, decision: str, digests: dict[int, str] | None = None) -> None:
+        record, detection = self.record, self.record.detection
+        record.decision = decision
+        suspicions = detection.suspicions if detection else ()
+        self._filter_suspicions: dict[int, set[int]] = {}
+        for suspicion in suspicions:
+            self._filter_suspicions.setdefault(suspicion.client, set()).add(suspicion.label)
+        log(INFO, "NONE round %s: %s", record.server_round, decision)
+        if self.audit is None:
+            return
+        names = [self.neurons.label(int(j)) for j in record.neurons_reset]
+        scores = detection.scores if detection else np.empty(0)
+        self.audit(
+            {
+                "round": record.server_round,
+                "decision": decision,
+                "asked": record.asked,
+                "reports": {str(node): digest for node, digest in (digests or {}).items()},
+                "missing": record.missing,
+                "refused": [str(refusal) for refusal in record.refused],
+                "alive": bool(detection and detection.alive),
+                "suspicions": [
+                    {
+                        "node": s.client,
+                        "label": s.label,
+                        "foreign": round(s.foreign, 6),
+                        "surprise": round(s.surprise, 6),
+                        "alive": s.alive,
+                    }
+                    for s in suspicions
+                ],
+                "reset": [
+                    {"layer": layer, "neuron": channel, "score": round(float(scores[j]), 6)}
+                    for (layer, channel), j in zip(names, record.neurons_reset, strict=True)
+                ],
+                "budget": self.policy.budget,
+                "how": self.how,
+            }
+        )
+
+
+def _digest(report: Report) -> str:
+    """SHA-256 over a report's arrays in a fixed order: what a decision was based on."""
+    digest = hashlib.sha256()
+    for name in sorted(report.arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(report[name]).tobytes())
+    return digest.hexdigest()

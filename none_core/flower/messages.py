@@ -1,0 +1,187 @@
+"""What travels between server and clients, as Flower records, and reading it without trust."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from none_core.activations import Report, ReportError, ReportSpec, decode_report
+from none_core.purification import SampleFilter
+from none_core.undo import Undo
+
+ACTION = "activations"
+MESSAGE_TYPE = f"query.{ACTION}"
+
+# Names of our records. A user's own records never start with "none.".
+MODEL = "none.model"
+QUERY = "none.query"
+REPORT = "none.report"
+FILTER = "none.filter"
+PURIFIED = "none.purified"
+
+
+def query_content(
+    arrays: ArrayRecord, spec: ReportSpec, min_count: int, server_round: int
+) -> RecordDict:
+    """Ask for a report about the model ``arrays``."""
+    query = ConfigRecord(
+        {
+            "statistics": sorted(spec.statistics),
+            "labels": spec.labels,
+            "neurons": spec.neurons,
+            "min-count": min_count,
+            "round": server_round,
+        }
+    )
+    return RecordDict({MODEL: arrays, QUERY: query})
+
+
+def read_query(content: RecordDict) -> tuple[ArrayRecord, ReportSpec, int]:
+    """Model, what to report, and the smallest number of samples of a reported label."""
+    query: Any = content.config_records[QUERY]
+    spec = ReportSpec(query["neurons"], query["labels"], frozenset(query["statistics"]))
+    return content.array_records[MODEL], spec, query["min-count"]
+
+
+def report_content(report: Report, query: ConfigRecord) -> RecordDict:
+    """Answer a query."""
+    fields = {name: Array(packed) for name, packed in report.encode().items()}
+    return RecordDict(
+        {REPORT: ArrayRecord(fields), QUERY: ConfigRecord({"round": query["round"]})}
+    )
+
+
+def read_report(
+    content: RecordDict, spec: ReportSpec, *, sender: str, server_round: int, max_samples: int
+) -> Report:
+    """Read the answer to a query of this round.
+
+    Raises
+    ------
+    ReportError
+        With sender, field and reason.
+    """
+    record = content.array_records.get(REPORT)
+    if record is None:
+        raise ReportError(sender, f"record '{REPORT}'", "is missing")
+    echo = content.config_records.get(QUERY, {})
+    if echo.get("round") != server_round:
+        raise ReportError(sender, "round", f"is {echo.get('round')!r:.40}, not {server_round}")
+    sizes = {name: 8 * int(np.prod(shape)) for name, (_, shape) in spec.fields().items()}
+    fields: dict[str, NDArray[Any]] = {}
+    for name, array in record.items():
+        if name not in sizes:
+            raise ReportError(sender, f"field {name!r:.60}", "was not asked for")
+        try:
+            fields[name] = read_bytes(array, largest=sizes[name] + 1024)
+        except ValueError as error:
+            raise ReportError(sender, name, str(error)) from None
+    return decode_report(fields, spec, sender=sender, max_samples=max_samples)
+
+
+def filter_content(
+    sample_filter: SampleFilter, undo: Undo, server_round: int
+) -> dict[str, ArrayRecord | ConfigRecord]:
+    """Record that rides on a train message: the filter, and the way back to the model it reads."""
+    arrays = {name: Array(getattr(sample_filter, name)) for name in _FILTER_FIELDS}
+    for name, rows in undo.rows.items():
+        arrays[f"rows:{name}"] = Array(rows)
+        arrays[f"values:{name}"] = Array(undo.values[name])
+    return {FILTER: ArrayRecord(arrays), QUERY: ConfigRecord({"round": server_round})}
+
+
+def read_filter(record: ArrayRecord) -> tuple[SampleFilter, Undo]:
+    """Inverse of :func:`filter_content`; the client trusts its server."""
+    arrays = {name: array.numpy() for name, array in record.items()}
+    names = [name.removeprefix("rows:") for name in arrays if name.startswith("rows:")]
+    undo = Undo(
+        rows={name: arrays[f"rows:{name}"] for name in names},
+        values={name: torch.from_numpy(arrays[f"values:{name}"].copy()) for name in names},
+    )
+    return SampleFilter(**{name: arrays[name] for name in _FILTER_FIELDS}), undo
+
+
+def without_filter(content: RecordDict) -> RecordDict:
+    """Content of a train message as the inner strategy made it."""
+    if FILTER not in content:
+        return content
+    return RecordDict({name: r for name, r in content.items() if name not in (FILTER, QUERY)})
+
+
+_FILTER_FIELDS = ("labels", "neurons", "sign", "mean", "deviation", "threshold")
+
+
+# --- arrays from outside --------------------------------------------------------------------------
+# Flower's own Array.numpy() believes the header inside the bytes, which may claim any size. Here the
+# header is not parsed at all: the bytes must begin with exactly the one that numpy would write.
+
+
+def read_array(array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Read an array that must have this dtype and shape.
+
+    Raises
+    ------
+    ValueError
+        With the reason, as the rest of a sentence.
+    """
+    if array.stype != "numpy.ndarray":
+        raise ValueError(f"is serialised as {array.stype!r:.40}, not as numpy.ndarray")
+    if array.dtype != str(dtype):
+        raise ValueError(f"has dtype {array.dtype!r:.40}, not {dtype}")
+    if tuple(array.shape) != shape:
+        raise ValueError(f"has shape {str(tuple(array.shape)):.60}, not {shape}")
+    for order in ("C", "F"):
+        header = _npy_header(dtype.str, shape, order == "F")
+        if array.data.startswith(header):
+            size = len(array.data) - len(header)
+            wanted = int(np.prod(shape)) * dtype.itemsize
+            if size != wanted:
+                raise ValueError(f"holds {size} bytes, not {wanted}")
+            flat = np.frombuffer(array.data, dtype, offset=len(header))
+            return flat.reshape(shape, order=order)
+    raise ValueError("does not hold the array that it declares")
+
+
+def read_bytes(array: Array, largest: int) -> NDArray[np.uint8]:
+    """Read a flat uint8 array of any length up to ``largest``.
+
+    Raises
+    ------
+    ValueError
+        With the reason, as the rest of a sentence.
+    """
+    if len(array.data) > largest:
+        raise ValueError(f"holds {len(array.data)} bytes, more than the {largest} allowed")
+    if len(array.shape) != 1 or not 0 <= array.shape[0] <= largest:
+        raise ValueError(f"has shape {str(tuple(array.shape)):.60}, not a flat one")
+    return read_array(array, np.dtype(np.uint8), tuple(array.shape))
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(descr: str, shape: tuple[int, ...], fortran: bool) -> bytes:
+    buffer = io.BytesIO()
+    header = {"descr": descr, "fortran_order": fortran, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def state_of(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
+    """Torch state dict of a record, in its own memory."""
+    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in arrays.items()}
+
+
+def record_of(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Record of a torch state dict."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in state.items()})
+
+
+def sender_of(message: Message) -> str:
+    """How log lines call the sender of a message."""
+    return f"node {message.metadata.src_node_id}"

@@ -1,0 +1,48 @@
+"""What a reset changed in a model, small enough to keep and to send, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Undo:
+    """The rows of a model's tensors as they were before a reset.
+
+    Attributes
+    ----------
+    rows : dict of str to ndarray of int64
+        For each changed tensor the changed positions of its first dimension.
+    values : dict of str to Tensor
+        Their former values, (rows, ...).
+    """
+
+    rows: dict[str, NDArray[np.int64]]
+    values: dict[str, Tensor]
+
+    @classmethod
+    def between(cls, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Undo:
+        """Compare two state dicts of the same model, row by row."""
+        rows, values = {}, {}
+        for name, old in before.items():
+            if old.ndim == 0 or torch.equal(old, after[name]):
+                continue
+            changed = (old != after[name]).flatten(1).any(1) if old.ndim > 1 else old != after[name]
+            rows[name] = changed.nonzero().flatten().cpu().numpy()
+            values[name] = old[changed].clone()
+        return cls(rows, values)
+
+    def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a copy of the state dict with the former values put back."""
+        restored = dict(state)
+        for name, rows in self.rows.items():
+            tensor = restored[name].clone()
+            tensor[torch.from_numpy(rows)] = self.values[name].to(tensor.device)
+            restored[name] = tensor
+        return restored

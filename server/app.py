@@ -1,0 +1,173 @@
+"""The Flower ServerApp: runs the configured strategy, evaluates every model it releases, records all."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor, nn
+
+from none_core.flower import NoneStrategy, RoundRecord
+from none_core.flower.messages import record_of, state_of
+from server import strategies
+from server.config import DefenseConfig
+from server.grid import MeteredGrid
+from server.record import Folder
+from tasks import data, metrics, models
+from tasks.config import AttackConfig, ExperimentConfig, RunConfig, TaskConfig, from_run_config
+from tasks.poisoning import DEFAULT_TRIGGER, Trigger, malicious_clients
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one experiment from the flat run configuration."""
+    Run(MeteredGrid(grid), context).start()
+
+
+class Run:
+    """One experiment, seen from the server.
+
+    Parameters
+    ----------
+    grid : MeteredGrid
+    context : Context
+        Its run configuration holds the sections experiment, task, attack, defense and run.
+    """
+
+    def __init__(self, grid: MeteredGrid, context: Context) -> None:
+        config = context.run_config
+        self.experiment = from_run_config(config, "experiment", ExperimentConfig)
+        self.task = from_run_config(config, "task", TaskConfig)
+        self.attack = from_run_config(config, "attack", AttackConfig)
+        self.defense = from_run_config(config, "defense", DefenseConfig)
+        where = from_run_config(config, "run", RunConfig)
+
+        torch.set_num_threads(1)
+        self.grid = grid
+        self.folder = Folder(Path(where.output))
+        self.data = data.load(self.task.dataset, Path(where.data_root) if where.data_root else None)
+        self.trigger = (
+            Trigger(self.attack.trigger)
+            if self.attack.trigger
+            else DEFAULT_TRIGGER[self.task.dataset]
+        )
+        self.model = self._build()
+        self.strategy = strategies.build(
+            self.defense,
+            self.experiment.clients,
+            self._build,
+            self.data.shape,
+            self.experiment.seed,
+            self.folder.audit,
+        )
+        self.rounds: list[dict[str, Any]] = []
+        self._dropped = (0, 0)  # samples, and poisoned ones among them, in the rounds so far
+        self._strongest = 0.0
+        self._round_began = time.perf_counter()
+
+    def start(self) -> None:
+        """Run all rounds and write what is left to write."""
+        self.strategy.start(
+            self.grid,
+            record_of(self._build().state_dict()),
+            num_rounds=self.experiment.rounds,
+            timeout=self.defense.timeout,
+            evaluate_fn=self.released,
+        )
+        self.folder.model("model.pt", self.model.state_dict())
+        self._write_history()
+
+    def released(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Score and record the model that a round releases; Flower calls it after each."""
+        began = time.perf_counter()
+        self.model.load_state_dict(state_of(arrays))
+        scores = metrics.evaluate(
+            self.model, self.data.test_images, self.data.test_labels, self.trigger, self.attack.target
+        )
+        ended = time.perf_counter()
+        defence = self._defence_record(server_round)
+        entry = {
+            "round": server_round,
+            "ba": scores.ba,
+            "asr": scores.asr,
+            "recovered": scores.recovered,
+            "neurons_reset": len(defence.neurons_reset),
+            "suspected": self._partitions(defence.suspected),
+            "quarantined": [],
+            "refused": len(defence.refused),
+            "filtered": self._newly_dropped(),
+            "decision": defence.decision,
+            **self._costs(began, ended),
+        }
+        self.rounds.append(entry)
+        self.folder.checkpoint(server_round, self.model.state_dict())
+        self._keep_evidence(defence)
+        self._write_history()
+        self.folder.progress(entry)
+        self._round_began = time.perf_counter()
+        return MetricRecord({"ba": scores.ba, "asr": scores.asr, "recovered": scores.recovered})
+
+    def _costs(self, began: float, ended: float) -> dict[str, dict[str, float]]:
+        """Seconds and bytes of the round; deciding is what is left of the time before evaluation."""
+        seconds, traffic = self.grid.take()
+        train, query = seconds.get("train", 0.0), seconds.get("query", 0.0)
+        spent = {
+            "train": train,
+            "query": query,
+            "decide": max(0.0, began - self._round_began - train - query),
+            "evaluate": ended - began,
+        }
+        directions = ("train_down", "train_up", "query_down", "query_up")
+        return {
+            "seconds": {name: round(value, 4) for name, value in spent.items()},
+            "bytes": {name: traffic.get(name, 0) for name in directions},
+        }
+
+    def _defence_record(self, server_round: int) -> RoundRecord:
+        if isinstance(self.strategy, NoneStrategy) and server_round:
+            return self.strategy.defence.record
+        return RoundRecord(server_round)
+
+    def _newly_dropped(self) -> dict[str, int]:
+        """Samples that the participants' filters dropped since the last round."""
+        truth = self.grid.truth.values()
+        now = sum(t["dropped"] for t in truth), sum(t["dropped-poisoned"] for t in truth)
+        before, self._dropped = self._dropped, now
+        return {"dropped": now[0] - before[0], "poisoned": now[1] - before[1]}
+
+    def _keep_evidence(self, record: RoundRecord) -> None:
+        """Keep the evidence of the round in which the backdoor was seen most clearly."""
+        if record.detection is None or record.before is None:
+            return
+        strength = max((s.surprise for s in record.detection.suspicions), default=0.0)
+        if strength > self._strongest and isinstance(self.strategy, NoneStrategy):
+            self._strongest = strength
+            self.folder.evidence(self.strategy.defence, record, self.grid.partition_of)
+
+    def _partitions(self, nodes: list[int]) -> list[int]:
+        return sorted(self.grid.partition_of.get(node, node) for node in nodes)
+
+    def _write_history(self) -> None:
+        attack = self.attack
+        malicious = (
+            []
+            if attack.name == "none"
+            else malicious_clients(
+                self.experiment.clients, attack.malicious, self.experiment.seed
+            )
+        )
+        poisoned = sum(t["poisoned"] for t in self.grid.truth.values())
+        self.folder.history(self.rounds, {"malicious": list(malicious), "poisoned": poisoned})
+
+    def _build(self) -> nn.Module:
+        return models.build(
+            self.task.model_name, self.data.shape, len(self.data.classes), self.experiment.seed
+        )
+
+

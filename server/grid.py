@@ -1,0 +1,121 @@
+"""A grid that measures what passes through it, and returns replies in a fixed order."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+
+class MeteredGrid(Grid):
+    """Wraps a grid; every message goes to the wrapped one.
+
+    Replies are sorted by the partition that their sender says it holds, because sums of floats
+    depend on their order and replies arrive in any: with this the same seed gives the same model on
+    every engine. Partition ids are a device of simulations; no defence reads them.
+
+    Parameters
+    ----------
+    grid : Grid
+
+    Attributes
+    ----------
+    partition_of : dict of int to int
+        Node id to partition id, for every node that has said so.
+    seconds, traffic : dict
+        Since the last :meth:`take`: seconds by category of message ("train", "query"), and bytes of
+        arrays by category and direction ("train_down", "train_up", ...).
+    truth : dict of int to dict
+        What each partition's last train reply says of its poisoned samples.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self.partition_of: dict[int, int] = {}
+        self.truth: dict[int, dict[str, int]] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.traffic: defaultdict[str, int] = defaultdict(int)
+
+    def take(self) -> tuple[dict[str, float], dict[str, int]]:
+        """Return seconds and traffic so far, and start again from zero."""
+        taken = dict(self.seconds), dict(self.traffic)
+        self.seconds.clear()
+        self.traffic.clear()
+        return taken
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send, wait, measure and sort."""
+        messages = list(messages)
+        begin = time.perf_counter()
+        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        if messages:
+            category = messages[0].metadata.message_type.partition(".")[0]
+            self.seconds[category] += time.perf_counter() - begin
+            self.traffic[f"{category}_down"] += sum(map(_size, messages))
+            self.traffic[f"{category}_up"] += sum(map(_size, replies))
+        for reply in replies:
+            self._learn(reply)
+        return sorted(replies, key=self._order)
+
+    def set_run(self, run: Run) -> None:
+        """Pass on."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """The wrapped grid's run."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Pass on."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Pass on."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pass on."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass on."""
+        return self._grid.pull_messages(message_ids)
+
+    def _learn(self, reply: Message) -> None:
+        if not reply.has_content():
+            return
+        truth = reply.content.config_records.get("truth", {})
+        numbers = {name: value for name, value in truth.items() if isinstance(value, int)}
+        if "partition-id" in numbers:
+            partition = numbers["partition-id"]
+            self.partition_of[reply.metadata.src_node_id] = partition
+            self.truth[partition] = numbers
+
+    def _order(self, reply: Message) -> tuple[bool, int]:
+        node = reply.metadata.src_node_id
+        return node not in self.partition_of, self.partition_of.get(node, node)
+
+
+def _size(message: Message) -> int:
+    """Bytes of all arrays in a message."""
+    if not message.has_content():
+        return 0
+    return sum(
+        len(array.data)
+        for record in message.content.array_records.values()
+        for array in record.values()
+    )

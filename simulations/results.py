@@ -1,0 +1,138 @@
+"""What a run leaves, and how it becomes ``result.json``: one file that says all about the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+HISTORY = "history.json"
+RESULT = "result.json"
+LAST = 5  # rounds that the worst case is taken over
+SCORES = ("ba", "asr", "recovered")
+
+Round = Mapping[str, Any]
+
+
+class ResultError(RuntimeError):
+    """A folder does not hold what a run leaves."""
+
+
+def assemble(
+    configuration: Mapping[str, Any], history: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Put the result of a run together.
+
+    Parameters
+    ----------
+    configuration : mapping
+        The experiment's identity, section by section.
+    history : mapping
+        What the ServerApp wrote: ``"rounds"``, the first of which is the initial model, and
+        ``"truth"``.
+    seconds : float
+        Wall-clock time of the whole run.
+
+    Returns
+    -------
+    dict
+        The content of ``result.json``. Apart from seconds and versions it repeats for a seed.
+    """
+    rounds = history["rounds"]
+    return {
+        "configuration": configuration,
+        "rounds": rounds,
+        "final": {score: rounds[-1][score] for score in SCORES},
+        "worst_last5": worst(rounds[1:] or rounds),
+        "truth": history["truth"],
+        "filter": filtered(rounds, history["truth"]["poisoned"]),
+        "seconds": round(seconds, 2),
+        "versions": versions(),
+    }
+
+
+def worst(rounds: Sequence[Round], last: int = LAST) -> dict[str, float]:
+    """Return the lowest BA and recovered accuracy, and the highest ASR, of the last rounds."""
+    pick = {"ba": min, "asr": max, "recovered": min}
+    return {score: pick[score](entry[score] for entry in rounds[-last:]) for score in SCORES}
+
+
+def filtered(rounds: Sequence[Round], poisoned: int) -> dict[str, Any]:
+    """Judge the poisoned-sample filter over all rounds.
+
+    Returns
+    -------
+    dict
+        How many samples were dropped and how many of these were poisoned; precision is None when
+        nothing was dropped, recall when nothing was poisoned.
+    """
+    dropped = sum(entry["filtered"]["dropped"] for entry in rounds)
+    hits = sum(entry["filtered"]["poisoned"] for entry in rounds)
+    return {
+        "dropped": dropped,
+        "poisoned": hits,
+        "precision": hits / dropped if dropped else None,
+        "recall": hits / poisoned if poisoned else None,
+    }
+
+
+def suspects(result: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Return who was ever suspected, and who is malicious."""
+    named = {client for entry in result["rounds"] for client in entry["suspected"]}
+    return sorted(named), sorted(result["truth"]["malicious"])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that numbers may depend on."""
+    packages = ("none-defense", "flwr", "torch", "numpy", "scipy")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    return found
+
+
+def read(folder: Path, name: str = RESULT) -> dict[str, Any]:
+    """Read a JSON file of a run's folder.
+
+    Raises
+    ------
+    ResultError
+        When it is not there, or is not JSON.
+    """
+    try:
+        content: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(f"cannot read {folder / name}: {error.strerror}") from None
+    except ValueError as error:
+        raise ResultError(f"{folder / name} is not valid JSON: {error}") from None
+    return content
+
+
+def write(folder: Path, result: Mapping[str, Any]) -> Path:
+    """Write ``result.json``."""
+    return write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file so that it is never seen half-written; one that exists is replaced."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(text)
+            file.flush()
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return path

@@ -1,0 +1,171 @@
+"""Runs one experiment from its configuration to its result file, plots and report."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from simulations import plots, progress, report, results
+from simulations.config import CLASSES, SHAPES, Experiment
+from simulations.engines import FlowerError, run_flower, run_in_process
+from tasks import models
+
+LOG = "run.log"
+
+# All that a run writes, so that no file of an earlier run in the same folder is taken for its own.
+ARTEFACTS = (
+    *(LOG, progress.FILE, results.HISTORY, results.RESULT, report.FILE),
+    *("model.pt", "evidence.npz", "evidence_model.pt", "audit.jsonl"),
+    *("checkpoints", plots.FOLDER),
+)
+
+
+class OutputError(RuntimeError):
+    """The results cannot be written where they should go."""
+
+
+class RunError(RuntimeError):
+    """The run failed: why, in one sentence."""
+
+
+def execute(experiment: Experiment, console: Console) -> dict[str, Any]:
+    """Run an experiment and write everything into its output folder.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to run, how, and where to.
+    console : Console
+        Shows the progress and errors; a quiet one shows nothing.
+
+    Returns
+    -------
+    dict
+        The content of ``result.json``.
+
+    Raises
+    ------
+    OutputError
+        Before anything is started, when the folder cannot take the results.
+    RunError
+        When the apps fail.
+    """
+    output = Path(experiment.run.output)
+    prepare(output, experiment)
+    begin = time.perf_counter()
+    settings = experiment.experiment
+    with (
+        progress.shown(output / progress.FILE, settings.name, settings.rounds, console),
+        _logged(output / LOG, console),
+    ):
+        _run_apps(experiment, output / LOG)
+    seconds = time.perf_counter() - begin
+    history = results.read(output, results.HISTORY)
+    result = results.assemble(experiment.identity(), history, seconds)
+    results.write(output, result)
+    plots.draw(output, experiment, result)
+    report.write(output, result)
+    return result
+
+
+def prepare(output: Path, experiment: Experiment) -> None:
+    """Make the output folder, or say why it will not do; clear an earlier run's files from it."""
+    settings = experiment.experiment
+    shape = SHAPES[experiment.task.dataset]
+    model = models.build(experiment.task.model_name, shape, CLASSES, seed=0)
+    model_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    needed = model_bytes * (settings.rounds + 4)  # a checkpoint a round, and what comes beside them
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _clear(output)
+        results.write_text(output / LOG, "")
+        free = shutil.disk_usage(output).free
+    except OSError as error:
+        raise OutputError(f"cannot write to {output}: {error.strerror}") from None
+    if free < needed:
+        raise OutputError(
+            f"{output} has {free / 1e6:.0f} MB left, but the checkpoints of {settings.rounds} "
+            f"rounds need {needed / 1e6:.0f} MB"
+        )
+
+
+def written(output: Path) -> list[Path]:
+    """Return the files that a run left, checkpoints as their folder."""
+    found = [output / name for name in ARTEFACTS if (output / name).exists()]
+    drawn = sorted((output / plots.FOLDER).glob("*.png"))
+    return [path for path in found if path.name != plots.FOLDER] + drawn
+
+
+def _run_apps(experiment: Experiment, log: Path) -> None:
+    """Run the Flower apps on the engine of the configuration."""
+    settings, run_config = experiment.experiment, experiment.run_config()
+    if settings.engine == "flower":
+        try:
+            run_flower(run_config, clients=settings.clients, log=log)
+        except (FlowerError, OSError) as error:
+            raise RunError(str(error)) from error
+        return
+    from client.app import app as client_app
+    from server.app import app as server_app
+
+    try:
+        run_in_process(
+            server_app, client_app, run_config, clients=settings.clients, seed=settings.seed
+        )
+    except Exception as error:
+        logging.getLogger("flwr").error(traceback.format_exc(), extra={"quiet": True})
+        raise RunError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _logged(file: Path, console: Console) -> Iterator[None]:
+    """Send the logs of Flower and of everything else to a file, and errors to the console too."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers = [handler, _FirstLine(console)]
+    loggers = [logging.getLogger(), logging.getLogger("flwr")]
+    before = [(each, each.handlers, each.level, each.propagate) for each in loggers]
+    for each in loggers:
+        each.handlers, each.propagate = handlers, False
+        each.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for each, old_handlers, level, propagate in before:
+            each.handlers, each.propagate = old_handlers, propagate
+            each.setLevel(level)
+        handler.close()
+
+
+class _FirstLine(logging.Handler):
+    """Prints the first line of each error."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.ERROR)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record, unless it will be reported in another way."""
+        if not getattr(record, "quiet", False):
+            first = record.getMessage().strip().partition("\n")[0]
+            self._console.print(f"[red]error[/red] {escape(first)}", highlight=False)
+
+
+def _clear(output: Path) -> None:
+    for name in ARTEFACTS:
+        path = output / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
