@@ -61,7 +61,7 @@ class Detection:
     suspicions : tuple of Suspicion
         Empty for detectors that do not look at single clients.
     client_evidence : dict of int to ndarray
-        For each suspected client its own evidence against each neuron, (J,).
+        For each client the evidence against each neuron in its most suspicious label, (J,).
     class_mean, class_deviation : ndarray or None
         What clean samples of each label look like, (K, J), NaN for labels that too few clients
         hold; None for detectors that do not know.

@@ -126,32 +126,35 @@ class Mixture(Detector):
         ordinary = _median(unmixed.surprise[~suspected])
         alive = suspected & (unmixed.surprise > self.alive * ordinary)
 
-        scores = np.zeros(len(layer_of))
-        evidence: dict[int, FloatArray] = {}
-        suspicions = []
-        for i, k in np.argwhere(suspected):
-            difference = means[i][k] - clean_mean[k]
+        def remainder(i: int, k: int) -> FloatArray:
             blend = unmixed.weights[i, k] @ np.nan_to_num(clean_mean)
-            remainder = np.maximum((means[i][k] - blend) / scale, 0)
-            client = clients[i]
-            evidence[client] = np.maximum(evidence.get(client, 0), remainder)
-            if alive[i, k]:
-                scores = np.maximum(scores, remainder)
-            suspicions.append(
-                Suspicion(
-                    client=client,
-                    label=int(k),
-                    foreign=float(unmixed.foreign[i, k]),
-                    surprise=float(unmixed.surprise[i, k] / ordinary),
-                    alive=bool(alive[i, k]),
-                    shift=_standardised(difference, deviation[k]),
-                )
+            positive: FloatArray = np.maximum(np.nan_to_num(means[i][k] - blend) / scale, 0)
+            return positive
+
+        scores = np.zeros(len(layer_of))
+        for i, k in np.argwhere(alive):
+            scores = np.maximum(scores, remainder(i, k))
+        suspicions = tuple(
+            Suspicion(
+                client=clients[i],
+                label=int(k),
+                foreign=float(unmixed.foreign[i, k]),
+                surprise=float(unmixed.surprise[i, k] / ordinary),
+                alive=bool(alive[i, k]),
+                shift=_standardised(means[i][k] - clean_mean[k], deviation[k]),
             )
+            for i, k in np.argwhere(suspected)
+        )
+        most_foreign = np.nan_to_num(unmixed.foreign, nan=-1.0).argmax(1)
+        evidence = {
+            client: remainder(i, k)
+            for i, (client, k) in enumerate(zip(clients, most_foreign, strict=True))
+        }
         return Detection(
             scores=scores,
             compromised=upper_break(scores),
             alive=bool(alive.any()),
-            suspicions=tuple(suspicions),
+            suspicions=suspicions,
             client_evidence=evidence,
             class_mean=clean_mean,
             class_deviation=deviation,
