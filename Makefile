@@ -43,7 +43,7 @@ lint: $(INSTALLED)
 	$(PY) -m mypy
 
 bench: $(INSTALLED)
-	$(PY) -m simulations bench --out results/bench
+	$(PY) -m benchmarks all --out results/bench
 
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -105,7 +105,8 @@ def _current_dataset(context: Context) -> TensorDataset:
 @lru_cache(maxsize=4)
 def _none(task: TaskConfig) -> NoneClient:
     return NoneClient(
-        lambda: _build(task),
+        # Queries only run forward, and that takes half the time with the channels last.
+        lambda: _build(task).to(memory_format=torch.channels_last),
         _current_dataset,
         prepare=lambda images: images.float().div_(255),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,6 +43,9 @@ _CONCATENATIONS = {"cat", "concat", "concatenate"}
 _VIEWS = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze"}
 _MOVES = {"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"}
 _REDUCTIONS = {"mean", "amax", "amin"}
+
+# While torch.fx traces, nn.Module.__call__ is the tracer's for the whole process: one at a time.
+_one_trace = threading.Lock()
 
 
 class TraceError(RuntimeError):
@@ -165,6 +169,7 @@ class _LayerTracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.failed_in: str | None = None
+        self._thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*WEIGHTED, *NORMS)) or super().is_leaf_module(
@@ -178,6 +183,8 @@ class _LayerTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # another thread runs a model of its own meanwhile
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -198,7 +205,8 @@ def trace_graph(model: nn.Module) -> fx.GraphModule:
     }
     attributes = set(vars(model))
     try:
-        graph_module = fx.GraphModule(model, tracer.trace(model, fixed))
+        with _one_trace:
+            graph_module = fx.GraphModule(model, tracer.trace(model, fixed))
     except Exception as error:
         place = f"module '{tracer.failed_in}' of " if tracer.failed_in else ""
         raise TraceError(

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
-from none_core.neurons import NeuronMap
+from none_core.neurons import NeuronMap, Reader
 from none_core.refusal import Refusal
 
 LABEL_HISTOGRAMS = "label-histograms"
@@ -414,9 +415,14 @@ class ReportBuilder:
 
 def spatial_maximum(reads: Sequence[Tensor]) -> Tensor:
     """Value of every neuron for every sample, (n, J) float32: the maximum over all positions."""
-    return torch.cat(
-        [read.flatten(2).amax(2) if read.ndim > 2 else read for read in reads], dim=1
-    ).float()
+    return torch.cat([_maximum(read) for read in reads], dim=1).float()
+
+
+def _maximum(read: Tensor) -> Tensor:
+    if read.ndim == 4 and not read.is_contiguous():
+        # Channels last: there amax is slow unless their number suits its vectors.
+        return functional.adaptive_max_pool2d(read, 1).flatten(1)
+    return read.flatten(2).amax(2) if read.ndim > 2 else read
 
 
 def build_report(
@@ -425,6 +431,7 @@ def build_report(
     batches: Iterable[tuple[Tensor, Tensor]],
     spec: ReportSpec,
     min_count: int = 1,
+    reader: Reader | None = None,
 ) -> Report:
     """Run ``model`` over ``batches`` once and report its neurons.
 
@@ -438,13 +445,15 @@ def build_report(
     spec : ReportSpec
     min_count : int
         Labels with fewer samples are left out.
+    reader : callable, optional
+        ``neuron_map.reader(model)``, for those who keep it: making one traces the model.
 
     Returns
     -------
     Report
     """
     builder = ReportBuilder(spec)
-    reader = neuron_map.reader(model)
+    reader = reader or neuron_map.reader(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -29,7 +29,7 @@ class Policy:
     quorum : float
         Share of the asked clients whose reports must be valid, in (0, 1].
     budget : float
-        Largest share of one layer's neurons that one round may reset, in (0, 1]; at least one neuron.
+        Largest share of one layer's neurons that one round may reset, in (0, 1], rounded down.
     guard : float
         Largest loss of the median client's accuracy that a reset may cost, in [0, 1].
     """
@@ -37,7 +37,7 @@ class Policy:
     every: int = 1
     start_round: int = 2
     quorum: float = 0.5
-    budget: float = 0.08
+    budget: float = 0.04
     guard: float = 0.02
 
     def __post_init__(self) -> None:
@@ -107,6 +107,18 @@ def accuracy_loss(before: Mapping[int, float], after: Mapping[int, float]) -> fl
     return float(np.median(finite)) if finite else float("nan")
 
 
-def halve(neurons: IntArray) -> IntArray:
-    """Keep the worse half; a single neuron becomes none."""
-    return neurons[: len(neurons) // 2]
+def halve(neurons: IntArray, layer_of: IntArray) -> IntArray:
+    """Keep the half that lies deepest in the model, and of one layer the worse half.
+
+    Early neurons serve all classes, so a reset that costs too much most likely does because of them.
+    A single neuron becomes none.
+
+    Parameters
+    ----------
+    neurons : ndarray of int64
+        The worst first.
+    layer_of : ndarray of int64
+        (J,).
+    """
+    deepest_first = np.argsort(-layer_of[neurons], kind="stable")
+    return neurons[np.sort(deepest_first[: len(neurons) // 2])]

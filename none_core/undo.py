@@ -18,7 +18,8 @@ class Undo:
     Attributes
     ----------
     rows : dict of str to ndarray of int64
-        For each changed tensor the changed positions of its first dimension.
+        For each changed tensor the changed positions of its first dimension; a tensor without
+        dimensions (a counter, say) counts as a single row.
     values : dict of str to Tensor
         Their former values, (rows, ...).
     """
@@ -31,11 +32,13 @@ class Undo:
         """Compare two state dicts of the same model, row by row."""
         rows, values = {}, {}
         for name, old in before.items():
-            if old.ndim == 0 or torch.equal(old, after[name]):
+            if torch.equal(old, after[name]):
                 continue
-            changed = (old != after[name]).flatten(1).any(1) if old.ndim > 1 else old != after[name]
+            former = torch.atleast_1d(old)
+            differs = former != torch.atleast_1d(after[name])
+            changed = differs.reshape(len(differs), -1).any(1)
             rows[name] = changed.nonzero().flatten().cpu().numpy()
-            values[name] = old[changed].clone()
+            values[name] = former[changed].clone()
         return cls(rows, values)
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,6 +46,6 @@ class Undo:
         restored = dict(state)
         for name, rows in self.rows.items():
             tensor = restored[name].clone()
-            tensor[torch.from_numpy(rows)] = self.values[name].to(tensor.device)
+            torch.atleast_1d(tensor)[torch.from_numpy(rows)] = self.values[name].to(tensor.device)
             restored[name] = tensor
         return restored

@@ -26,7 +26,7 @@ class DefenseConfig(Section):
     every: int = Field(1, ge=1, description="Query in every so many rounds, and in the last one.")
     start_round: int = Field(2, ge=1, description="First round that queries.")
     budget: float = Field(
-        0.08, gt=0, le=1, description="Largest share of a layer's neurons to reset in a round."
+        0.04, gt=0, le=1, description="Largest share of a layer's neurons to reset in a round."
     )
     quorum: float = Field(
         0.5, gt=0, le=1, description="Share of the asked clients whose valid reports are needed."

@@ -99,8 +99,8 @@ class MeteredGrid(Grid):
         if not reply.has_content():
             return
         truth = reply.content.config_records.get("truth", {})
-        numbers = {name: value for name, value in truth.items() if isinstance(value, int)}
-        if "partition-id" in numbers:
+        numbers = {name: truth.get(name) for name in _TRUTH}
+        if all(isinstance(value, int) for value in numbers.values()):
             partition = numbers["partition-id"]
             self.partition_of[reply.metadata.src_node_id] = partition
             self.truth[partition] = numbers
@@ -108,6 +108,10 @@ class MeteredGrid(Grid):
     def _order(self, reply: Message) -> tuple[bool, int]:
         node = reply.metadata.src_node_id
         return node not in self.partition_of, self.partition_of.get(node, node)
+
+
+# What a participant of a simulation says of itself.
+_TRUTH = ("partition-id", "poisoned", "dropped", "dropped-poisoned")
 
 
 def _size(message: Message) -> int:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one experiment."""
-    from simulations import config, runner, tables
+    from simulations import config, results, runner, tables
 
     overrides = list(arguments.set)
     for key, value in (("output", arguments.out), ("data_root", arguments.data_root)):
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = runner.execute(experiment, progress)
     except (config.ConfigError, runner.OutputError) as error:
         return _fail(str(error), CONFIGURATION)
-    except runner.RunError as error:
+    except (runner.RunError, results.ResultError) as error:
         return _fail(f"{error} (log: {Path(experiment.run.output) / runner.LOG})", FAILED)
     output = Path(experiment.run.output)
     console = _stdout()

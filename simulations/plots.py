@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -38,6 +38,7 @@ STYLE = {
     "ytick.color": FAINT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "image.interpolation": "nearest",
     "savefig.facecolor": "white",
 }
 NEURONS_SHOWN = 6
@@ -109,28 +110,30 @@ def evidence(arrays: Mapping[str, Any], malicious: Sequence[int]) -> Figure:
     scores, layers = np.nan_to_num(arrays["scores"]), arrays["layer_names"]
     rows = sorted(range(len(clients)), key=lambda i: (clients[i] not in malicious, clients[i]))
     shown = np.clip(np.nan_to_num(arrays["client_evidence"])[rows], 0, None)
-    top = max(float(np.quantile(shown, 0.995)), 1e-9)
+    highest = max(float(np.quantile(shown, 0.995)), 1e-9)
     columns = [np.flatnonzero(arrays["layer_of"] == layer) for layer in range(len(layers))]
+    tilted = len(layers) > 8
+    height = 1.3 + 0.42 * max(len(rows), 2) + (0.8 if tilted else 0)
+    widths = [max(np.sqrt(len(each)), 3) for each in columns]
+    # Laid out by hand: labels wider than a narrow layer would squeeze everything else.
     figure, grid = _figure(
-        *(10, 1.7 + 0.4 * len(rows)),
-        columns=len(layers),
-        width_ratios=[max(np.sqrt(len(each)), 3) for each in columns],
-        squeeze=False,
+        10, height, columns=len(layers), layout=None, width_ratios=widths, squeeze=False
     )
+    bottom, top = (1.2 if tilted else 0.4) / height, 1 - 0.85 / height
+    figure.subplots_adjust(left=0.165, right=0.9, bottom=bottom, top=top, wspace=0.06)
     for axes, layer, neurons in zip(grid.flat, layers, columns, strict=True):
         order = neurons[np.argsort(-scores[neurons], kind="stable")]
-        image = axes.imshow(
-            shown[:, order], aspect="auto", cmap=EVIDENCE, vmin=0, vmax=top, interpolation="nearest"
-        )
+        image = axes.imshow(shown[:, order], EVIDENCE, vmin=0, vmax=highest, aspect="auto")
         marked = np.flatnonzero(reset[order])
         axes.plot(marked, np.full(len(marked), -0.72), "|", color=INK, markersize=7, clip_on=False)
         axes.set(xticks=[], yticks=[], xlim=(-0.5, len(order) - 0.5), ylim=(len(rows) - 0.5, -0.5))
-        tilt = {"rotation": 40, "ha": "right"} if len(layers) > 8 else {}
-        axes.set_xlabel(f"{layer} ({len(order)})", **tilt)
+        tilt = {"rotation": 40, "ha": "right"} if tilted else {}
+        axes.set_xlabel(layer if tilted else f"{layer} ({len(order)})", **tilt)
         axes.spines[:].set_visible(False)
     names = [f"client {c}" + (" (malicious)" if c in malicious else "") for c in clients[rows]]
     grid.flat[0].set_yticks(range(len(rows)), names, color=INK)
-    bar = figure.colorbar(image, ax=grid, shrink=0.8, pad=0.015, aspect=14)
+    scale = figure.add_axes((0.915, bottom, 0.014, top - bottom))
+    bar = figure.colorbar(image, cax=scale)
     bar.outline.set_visible(False)
     bar.set_label("evidence")
     _header(
@@ -138,7 +141,6 @@ def evidence(arrays: Mapping[str, Any], malicious: Sequence[int]) -> Figure:
         f"Evidence against neurons, round {int(arrays['round'])}",
         f"{reset.sum()} of {len(reset)} neurons reset (marked above); "
         "columns: a layer's neurons, the most suspect first",
-        room=2,
     )
     return figure
 
@@ -179,7 +181,7 @@ def triggers(loaded: Data, trigger: Trigger, target: int) -> Figure:
     figure, grid = _figure(1.75 * len(panels), 2.5, columns=len(panels))
     for axes, (name, pixels) in zip(grid.flat, panels, strict=True):
         shown = stamp(image, pixels).permute(1, 2, 0).numpy()
-        axes.imshow(shown.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.imshow(shown.squeeze(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(name, fontsize=9.5, color=ASR if name == "whole trigger" else INK)
         axes.set_axis_off()
     label, wanted = loaded.classes[int(loaded.test_labels[first])], loaded.classes[target]
@@ -221,9 +223,14 @@ def save_curves(runs: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> Pa
 
 
 def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+    width: float,
+    height: float,
+    rows: int = 1,
+    columns: int = 1,
+    layout: Literal["constrained"] | None = "constrained",
+    **options: Any,
 ) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, **options)
 
@@ -247,9 +254,11 @@ def _title(axes: Axes, title: str, subtitle: str) -> None:
     )
 
 
-def _header(figure: Figure, title: str, subtitle: str, room: int = 1) -> None:
-    """Head a whole figure; `room` lines are kept free below the title, the first for more of it."""
-    figure.suptitle(title + "\n" * room, x=0.01, ha="left", fontsize=12, fontweight="bold")
+def _header(figure: Figure, title: str, subtitle: str) -> None:
+    """Head a whole figure."""
+    # A layout engine keeps room for a title only where it may place it.
+    place = {} if figure.get_layout_engine() else {"y": 1 - 0.08 / figure.get_figheight()}
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=12, fontweight="bold", **place)
     figure.text(0.01, _below_title(figure), subtitle, color=FAINT, fontsize=9.5)
 
 

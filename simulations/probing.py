@@ -1,4 +1,4 @@
-"""What the figures show of a model: its neurons' values on test images, without and with the trigger.
+"""What the figures show of a model: its neurons on test images, without and with the trigger.
 
 Only figures use it. No test image reaches a decision of the defence.
 """

@@ -53,7 +53,8 @@ def shown(file: Path, name: str, rounds: int, console: Console) -> Iterator[None
         def show(entry: Mapping[str, Any]) -> None:
             progress.update(task, completed=entry["round"], scores=scores(entry))
             if not console.is_terminal:
-                console.print(f"{name}  round {entry['round']}/{rounds}  {scores(entry)}")
+                line = f"{name}  round {entry['round']}/{rounds}  {scores(entry)}"
+                console.print(line, highlight=False, soft_wrap=True)
 
         with _followed(file, show):
             yield

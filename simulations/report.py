@@ -16,8 +16,7 @@ FILE = "report.html"
 CAPTIONS = {
     "accuracy.png": "Benign accuracy, attack success rate, and the share of stamped images that "
     "are still given their true class.",
-    "evidence.png": "What the suspected clients' reports show against each neuron, in the round "
-    "with a reset or, if there was none, the first with a suspicion.",
+    "evidence.png": "What each client's reports show against each neuron in one round.",
     "activations.png": "The same test images without and with the whole trigger. A compromised "
     "neuron tells them apart. Figures only: test images reach no decision.",
     "trigger.png": "Each malicious client stamps one part; the attack is measured with all parts.",
@@ -70,4 +69,4 @@ def inlined(image: Path) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.2%}"
+    return "-" if share is None else f"{share:.2%}"

@@ -56,8 +56,8 @@ def execute(experiment: Experiment, console: Console) -> dict[str, Any]:
     ------
     OutputError
         Before anything is started, when the folder cannot take the results.
-    RunError
-        When the apps fail.
+    RunError, ResultError
+        When the apps fail, or leave no result.
     """
     output = Path(experiment.run.output)
     prepare(output, experiment)
@@ -159,7 +159,9 @@ class _FirstLine(logging.Handler):
         """Print a record, unless it will be reported in another way."""
         if not getattr(record, "quiet", False):
             first = record.getMessage().strip().partition("\n")[0]
-            self._console.print(f"[red]error[/red] {escape(first)}", highlight=False)
+            self._console.print(
+                f"[red]error[/red] {escape(first)}", highlight=False, soft_wrap=True
+            )
 
 
 def _clear(output: Path) -> None:

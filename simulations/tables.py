@@ -61,4 +61,4 @@ def clients(partitions: Sequence[int]) -> str:
             runs[-1].append(partition)
         else:
             runs.append([partition])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) or "–"
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) or "-"

@@ -61,7 +61,8 @@ class Detection:
     suspicions : tuple of Suspicion
         Empty for detectors that do not look at single clients.
     client_evidence : dict of int to ndarray
-        For each client the evidence against each neuron in its most suspicious label, (J,).
+        For each client the evidence against each neuron in its most suspicious label, (J,), in
+        units that make clients comparable.
     class_mean, class_deviation : ndarray or None
         What clean samples of each label look like, (K, J), NaN for labels that too few clients
         hold; None for detectors that do not know.
@@ -120,14 +121,14 @@ def worst_of_each_layer(scores: FloatArray, layer_of: IntArray, share: float) ->
     layer_of : ndarray of int64
         (J,).
     share : float
-        In (0, 1]; a layer gives ``floor(share * size)`` neurons, but at least one.
+        In (0, 1]; a layer gives ``floor(share * size)`` neurons, so a small one may give none.
     """
     order = np.lexsort((np.arange(len(scores)), -scores, layer_of))
     starts = np.searchsorted(layer_of[order], layer_of[order], side="left")
     rank = np.arange(len(scores)) - starts  # within the layer, 0 is the worst
     sizes = np.bincount(layer_of)
     # 0.29 * 100 is 28.999...96, but means 29.
-    allowed = np.maximum(np.floor(share * sizes + 1e-9), 1).astype(np.int64)[layer_of[order]]
+    allowed = np.floor(share * sizes + 1e-9).astype(np.int64)[layer_of[order]]
     chosen = order[(rank < allowed) & (scores[order] > -np.inf)]
     worst_first: IntArray = chosen[np.lexsort((chosen, -scores[chosen]))]
     return worst_first

@@ -43,13 +43,16 @@ class Unmixing(NamedTuple):
     ----------
     foreign : ndarray
         One minus the weight on the pair's own class, (clients, K).
+    noise : ndarray
+        Length that the remainder would have by sampling noise alone, (clients, K).
     surprise : ndarray
-        Length of the remainder over the length that sampling noise alone would have, (clients, K).
+        Length of the remainder over that, (clients, K).
     weights : ndarray
         Weights on the classes, (clients, K, K).
     """
 
     foreign: FloatArray
+    noise: FloatArray
     surprise: FloatArray
     weights: FloatArray
 
@@ -67,8 +70,10 @@ class Mixture(Detector):
     4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
        leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
        are an ordinary blend.
-    5. The neurons are ranked by the largest positive remainder over the pairs that are alive;
-       natural breaks (Jenks) separate the compromised ones.
+    5. The neurons are ranked by the largest positive remainder over the pairs that are alive, as
+       far as it exceeds ``significant`` standard errors; natural breaks (Jenks) separate the
+       compromised ones in each layer. (One break over all layers would follow the first layers,
+       which see the trigger's pixels always, once the backdoor has been pushed out of the others.)
 
     It needs honest reports, also from the attackers, and at least ``min_clients`` holders of a
     label.
@@ -81,6 +86,8 @@ class Mixture(Detector):
         Robust standard deviations above the median pair, > 0.
     alive : float
         Remainder of a live backdoor in multiples of the median pair's, > 1.
+    significant : float
+        Standard errors of the mean below which a neuron's remainder counts as noise, >= 0.
     min_clients : int
         Labels held by fewer clients have no clean mean and are left out, >= 3.
     """
@@ -92,19 +99,22 @@ class Mixture(Detector):
         self,
         foreign: float = 0.2,
         outlier: float = 6.0,
-        alive: float = 1.8,
+        alive: float = 1.5,
+        significant: float = 1.0,
         min_clients: int = 3,
     ) -> None:
         if not 0 < foreign < 1:
             raise ValueError(f"foreign must be in (0, 1), got {foreign}")
-        if outlier <= 0:
+        if not outlier > 0:
             raise ValueError(f"outlier must be > 0, got {outlier}")
-        if alive <= 1:
+        if not alive > 1:
             raise ValueError(f"alive must be > 1, got {alive}")
+        if not significant >= 0:
+            raise ValueError(f"significant must be >= 0, got {significant}")
         if min_clients < 3:
             raise ValueError(f"min_clients must be >= 3, got {min_clients}")
         self.foreign, self.outlier, self.alive = foreign, outlier, alive
-        self.min_clients = min_clients
+        self.significant, self.min_clients = significant, min_clients
 
     def summarise(self, report: Report) -> Summary:
         """Keep counts, means and variances."""
@@ -133,7 +143,8 @@ class Mixture(Detector):
 
         scores = np.zeros(len(layer_of))
         for i, k in np.argwhere(alive):
-            scores = np.maximum(scores, remainder(i, k))
+            found, error = remainder(i, k), np.sqrt(variances[i][k] / counts[i, k]) / scale
+            scores = np.maximum(scores, np.where(found > self.significant * error, found, 0))
         suspicions = tuple(
             Suspicion(
                 client=clients[i],
@@ -147,12 +158,12 @@ class Mixture(Detector):
         )
         most_foreign = np.nan_to_num(unmixed.foreign, nan=-1.0).argmax(1)
         evidence = {
-            client: remainder(i, k)
+            client: remainder(i, k) / np.nan_to_num(unmixed.noise[i, k], nan=np.inf)
             for i, (client, k) in enumerate(zip(clients, most_foreign, strict=True))
         }
         return Detection(
             scores=scores,
-            compromised=upper_break(scores),
+            compromised=upper_breaks(scores, layer_of),
             alive=bool(alive.any()),
             suspicions=suspicions,
             client_evidence=evidence,
@@ -241,7 +252,8 @@ def unmix(
     """
     labels = np.flatnonzero(~np.isnan(clean_mean).any(1))
     shape = counts.shape
-    result = Unmixing(np.full(shape, np.nan), np.full(shape, np.nan), np.zeros((*shape, shape[1])))
+    foreign, noise, surprise = (np.full(shape, np.nan) for _ in range(3))
+    result = Unmixing(foreign, noise, surprise, weights=np.zeros((*shape, shape[1])))
     if len(labels) < 2:
         return result
     # |A w - z| and |R w - Q'z| differ by a constant: with A = QR every problem shrinks to K x K.
@@ -260,17 +272,30 @@ def unmix(
             result.weights[i, k, labels] = weights[row]
             remainder = scaled[row] - weights[row] @ basis
             noise = (variance[k] / counts[i, k]) @ precision
-            result.surprise[i, k] = np.sqrt((remainder @ remainder) / max(noise, 1e-12))
+            result.noise[i, k] = np.sqrt(max(noise, 1e-12))
+            result.surprise[i, k] = np.sqrt(remainder @ remainder) / result.noise[i, k]
     return result
 
 
-def upper_break(scores: FloatArray) -> IntArray:
-    """Neurons above the natural break of the positive scores (Jenks, two groups), worst first."""
-    positive = np.flatnonzero(scores > 0)
+def upper_breaks(scores: FloatArray, layer_of: IntArray) -> IntArray:
+    """Neurons above the natural break of their layer's positive scores, the worst first.
+
+    The break is Jenks's for two groups. A zero, what an unaffected neuron scores, takes part in it:
+    else neurons that are compromised alike would be split among themselves.
+    """
+    above = [upper_break(scores, np.flatnonzero(layer_of == n)) for n in np.unique(layer_of)]
+    compromised = np.concatenate(above)
+    worst_first: IntArray = compromised[np.lexsort((compromised, -scores[compromised]))]
+    return worst_first
+
+
+def upper_break(scores: FloatArray, among: IntArray) -> IntArray:
+    """Those of the neurons ``among`` whose positive score is above the natural break."""
+    positive = among[scores[among] > 0]
     ranked = positive[np.lexsort((positive, -scores[positive]))][:_MOST_BREAKABLE]
-    if len(np.unique(scores[ranked])) < 2:
+    if not len(ranked):
         return ranked
-    boundary = jenkspy.jenks_breaks(scores[ranked], n_classes=2)[1]
+    boundary = jenkspy.jenks_breaks(np.append(scores[ranked], 0.0), n_classes=2)[1]
     compromised: IntArray = ranked[scores[ranked] > boundary]
     return compromised
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from none_core.activations import build_report, spatial_maximum
 from none_core.flower import messages
-from none_core.neurons import NeuronMap
+from none_core.neurons import NeuronMap, Reader
 
 _STATE = "none.kept"  # where the client's own state remembers which samples it trains on
 
@@ -37,7 +37,8 @@ class NoneClient:
     Parameters
     ----------
     model_fn : callable
-        Builds the global model's architecture.
+        Builds the global model's architecture, on the device and in the memory format in which it
+        is to answer: on a CPU ``torch.channels_last`` can halve a convolutional network's time.
     load_data : callable
         ``context -> Dataset`` of (input, label) with a length and a fixed order. A ``TensorDataset``
         is read in slices, anything else sample by sample.
@@ -69,15 +70,17 @@ class NoneClient:
         arrays, spec, min_count = messages.read_query(message.content)
         dataset = self.load_data(context)
         batches = ((x, y) for _, x, y in self._batches(dataset, self.kept(context)))
-        first = next(batches)
-        model, neuron_map = self._model(first[0])
+        first = next(batches, None)
+        if first is None:
+            raise ValueError("there is no sample to report on")
+        model, neuron_map, reader = self._model(first[0])
         if neuron_map.size != spec.neurons:
             raise ValueError(
                 f"the server asks about {spec.neurons} neurons, but this client's model has "
                 f"{neuron_map.size}: they do not run the same model"
             )
         model.load_state_dict(messages.state_of(arrays))
-        report = build_report(model, neuron_map, _chain(first, batches), spec, min_count)
+        report = build_report(model, neuron_map, _chain(first, batches), spec, min_count, reader)
         return Message(
             messages.report_content(report, message.content.config_records[messages.QUERY]),
             reply_to=message,
@@ -118,17 +121,15 @@ class NoneClient:
         state = undo.apply(messages.state_of(_model_record(message.content)))
         mask = np.zeros(len(dataset), dtype=np.uint8)  # type: ignore[arg-type]
         mask[kept] = 1
-        model = reader = None
+        reader = None
         with torch.inference_mode():
             for indices, inputs, labels in self._batches(dataset, kept):
                 concerned = np.isin(labels.numpy(), sample_filter.labels)
                 if not concerned.any():
                     continue
-                if model is None:
-                    model, neuron_map = self._model(inputs)
+                if reader is None:
+                    model, _, reader = self._model(inputs)
                     model.load_state_dict(state)
-                    reader = neuron_map.reader(model)
-                assert reader is not None
                 _, reads = reader(inputs[torch.from_numpy(concerned)])
                 values = spatial_maximum(reads).cpu().numpy()
                 drop = sample_filter.flagged(values, labels.numpy()[concerned])
@@ -136,11 +137,15 @@ class NoneClient:
         context.state[_STATE] = ArrayRecord({"mask": Array(mask)})
         return len(kept) - int(mask.sum())
 
-    def _model(self, inputs: Tensor) -> tuple[nn.Module, NeuronMap]:
+    def _model(self, inputs: Tensor) -> tuple[nn.Module, NeuronMap, Reader]:
         if not hasattr(self._cache, "model"):
-            self._cache.model = self.model_fn().eval()
-            self._cache.neurons = self.neuron_map or NeuronMap.trace(self._cache.model, inputs[:1])
-        return self._cache.model, self._cache.neurons
+            # Made under inference mode, the model could not be given other weights outside of it.
+            with torch.inference_mode(False):
+                model = self.model_fn().eval()
+                neurons = self.neuron_map or NeuronMap.trace(model, inputs[:1].clone())
+                self._cache.model = model, neurons, neurons.reader(model)
+        cached: tuple[nn.Module, NeuronMap, Reader] = self._cache.model
+        return cached
 
     def _batches(
         self, dataset: Dataset[Any], indices: NDArray[np.int64]

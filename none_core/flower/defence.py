@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from none_core.activations import Report, ReportSpec
+from none_core.activations import ReportSpec
 from none_core.decision import Policy, accuracy_loss, decide, halve
 from none_core.detection import DETECTORS, Detection, Detector
 from none_core.detection.base import IntArray
@@ -90,7 +90,8 @@ class Defence:
     purify : bool
         Send suspected clients (and, with a laxer threshold, all others) a filter for their samples.
     purify_threshold : float
-        Lambda for suspected clients, in standard deviations.
+        Lambda for suspected clients, in standard deviations. Low, because of a suspected client's
+        samples most are poisoned, and a missed one costs more than a clean one dropped.
     min_count : int
         Clients leave labels with fewer samples out of their reports.
     timeout : float
@@ -118,7 +119,7 @@ class Defence:
         reset: Literal["zero", "init"] = "zero",
         policy: Policy | None = None,
         purify: bool = True,
-        purify_threshold: float = 1.0,
+        purify_threshold: float = 0.25,
         min_count: int = 5,
         timeout: float = 600.0,
         max_samples: int = 10_000_000,
@@ -172,10 +173,11 @@ class Defence:
         self._check_model(arrays)
         self._template = template_of(arrays)
         outgoing = list(outgoing)
-        self._nodes = [message.metadata.dst_node_id for message in outgoing]
+        self._nodes = list(dict.fromkeys(message.metadata.dst_node_id for message in outgoing))
         if self._filter is not None:
             for message in outgoing:
                 message.content = self._with_filter(message, self._filter, server_round)
+            self._filter = None  # it describes this model and no later one
         return outgoing
 
     def admitted(self, replies: Iterable[Message], weighted_by: str) -> list[Message]:
@@ -183,6 +185,7 @@ class Defence:
         valid, refused = admit(
             replies,
             self._template,
+            asked=set(self._nodes),
             weighted_by=weighted_by,
             max_weight_ratio=self.max_weight_ratio,
         )
@@ -190,7 +193,7 @@ class Defence:
         for message in valid:
             if message.has_content() and messages.PURIFIED in message.content.config_records:
                 dropped = message.content.config_records[messages.PURIFIED].get("dropped")
-                if isinstance(dropped, int):
+                if isinstance(dropped, int) and 0 <= dropped <= self.max_samples:
                     self.record.purified[message.metadata.src_node_id] = dropped
         return valid
 
@@ -200,7 +203,6 @@ class Defence:
         server_round = self.record.server_round
         if not self.policy.queries(server_round, self.last_round):
             return arrays
-        self._filter = None
         reports = self._query(arrays, self.spec)
         needed = self.policy.needed(self.record.asked)
         if len(reports) < needed:
@@ -228,6 +230,10 @@ class Defence:
             self._filter_undo = Undo.between(before, after)
         self._close(decision, {client: digest for client, (_, _, digest) in reports.items()})
         return arrays
+
+    def skipped(self) -> None:
+        """Record that no model came out of this round, so that there was none to ask about."""
+        self._close("kept the previous model: no train reply could be aggregated")
 
     def metrics(self) -> MetricRecord:
         """Figures of the round under names that start with ``none-``, for existing dashboards."""
@@ -271,6 +277,7 @@ class Defence:
         ]
         reports: dict[int, tuple[Any, float, str]] = {}
         asked = set(self._nodes)
+        answered: set[int] = set()
         refused: list[Refusal] = []
         for reply in self._grid.send_and_receive(outgoing, timeout=self.timeout):
             node = reply.metadata.src_node_id
@@ -278,6 +285,7 @@ class Defence:
                 log(INFO, "\t> node %s failed to report: %s", node, reply.error.reason)
                 continue
             try:
+                answered.add(node)
                 if node not in asked or node in reports:
                     reason = "was not asked for" if node not in asked else "is a second one"
                     raise Refusal(messages.sender_of(reply), "report", reason)
@@ -292,10 +300,11 @@ class Defence:
                 refused.append(refusal)
                 continue
             summary = self.detector.summarise(report) if spec.statistics else None
-            reports[node] = summary, report.accuracy, _digest(report)
+            digest = _digest(reply.content.array_records[messages.REPORT])
+            reports[node] = summary, report.accuracy, digest
         self._refuse(refused)
         self.record.asked, self.record.reports = len(asked), len(reports)
-        self.record.missing = len(asked) - len(reports) - len(refused)
+        self.record.missing = len(asked - answered)
         return reports
 
     def _guarded_reset(
@@ -309,7 +318,8 @@ class Defence:
         if not neurons.size:
             return before, neurons, reason
         tried = []
-        asked, valid = self.record.asked, self.record.reports
+        record = self.record
+        counted = record.asked, record.reports, record.missing  # those of the detection, not of this
         predictions = ReportSpec(self.spec.neurons, self.spec.labels)
         while neurons.size:
             after = self._reset(before, neurons)
@@ -323,8 +333,8 @@ class Defence:
                 break
             else:
                 tried.append(f"{len(neurons)} would have cost {100 * loss:.1f} points")
-                neurons = halve(neurons)
-        self.record.asked, self.record.reports = asked, valid
+                neurons = halve(neurons, self.layer_of)
+        record.asked, record.reports, record.missing = counted
         if tried:
             reason += f" ({', '.join(tried)})"
         return (after if neurons.size else before), neurons, reason
@@ -332,7 +342,8 @@ class Defence:
     def _reset(self, before: dict[str, Tensor], neurons: IntArray) -> dict[str, Tensor]:
         self._model.load_state_dict(before)
         self.neurons.reset(self._model, neurons, self.how, self._generator)
-        return {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        state = self._model.state_dict()
+        return {name: state[name].clone() for name in before}  # in the order that strategies know
 
     def _with_filter(
         self, message: Message, sample_filter: SampleFilter, server_round: int
@@ -364,7 +375,7 @@ class Defence:
                 values = arrays[name].numpy()
                 if dtype.kind in "iu":
                     values = np.rint(values)
-                arrays[name] = messages.Array(values.astype(dtype))
+                arrays[name] = Array(np.asarray(values, dtype))  # numpy made a scalar of a 0-dim one
         return arrays
 
     def _refuse(self, refused: list[Refusal]) -> None:
@@ -413,10 +424,10 @@ class Defence:
         )
 
 
-def _digest(report: Report) -> str:
-    """SHA-256 over a report's arrays in a fixed order: what a decision was based on."""
+def _digest(report: ArrayRecord) -> str:
+    """SHA-256 over a report as it was received, in a fixed order: what a decision was based on."""
     digest = hashlib.sha256()
-    for name in sorted(report.arrays):
+    for name in sorted(report):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(report[name]).tobytes())
+        digest.update(report[name].data)
     return digest.hexdigest()

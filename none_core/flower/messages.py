@@ -71,9 +71,10 @@ def read_report(
     record = content.array_records.get(REPORT)
     if record is None:
         raise ReportError(sender, f"record '{REPORT}'", "is missing")
-    echo = content.config_records.get(QUERY, {})
-    if echo.get("round") != server_round:
-        raise ReportError(sender, "round", f"is {echo.get('round')!r:.40}, not {server_round}")
+    echo = content.config_records.get(QUERY)
+    answered = None if echo is None else echo.get("round")
+    if answered != server_round:
+        raise ReportError(sender, "round", f"is {_shown(answered)}, not {server_round}")
     sizes = {name: 8 * int(np.prod(shape)) for name, (_, shape) in spec.fields().items()}
     fields: dict[str, NDArray[Any]] = {}
     for name, array in record.items():
@@ -84,6 +85,15 @@ def read_report(
         except ValueError as error:
             raise ReportError(sender, name, str(error)) from None
     return decode_report(fields, spec, sender=sender, max_samples=max_samples)
+
+
+def _shown(value: Any) -> str:
+    """Write a value from outside; what is no ordinary number can be as long as a message."""
+    if value is None:
+        return "missing"
+    if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63):
+        return str(value)
+    return f"a {type(value).__name__}"
 
 
 def filter_content(
@@ -161,7 +171,7 @@ def read_bytes(array: Array, largest: int) -> NDArray[np.uint8]:
         raise ValueError(f"holds {len(array.data)} bytes, more than the {largest} allowed")
     if len(array.shape) != 1 or not 0 <= array.shape[0] <= largest:
         raise ValueError(f"has shape {str(tuple(array.shape)):.60}, not a flat one")
-    return read_array(array, np.dtype(np.uint8), tuple(array.shape))
+    return read_array(array, np.dtype(np.uint8), (int(array.shape[0]),))  # True is a number, too
 
 
 @lru_cache(maxsize=1024)

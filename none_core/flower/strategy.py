@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvgM, Result, Strategy
+from flwr.serverapp.strategy.fedopt import FedOpt
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from none_core.decision import Policy
@@ -167,10 +169,10 @@ def _defended(
         [int, Iterable[Message]], tuple[ArrayRecord | None, MetricRecord | None]
     ],
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    weighted_by = getattr(strategy, "weighted_by_key", "num-examples")
-    valid = defence.admitted(replies, weighted_by)
+    valid = defence.admitted(replies, _weighted_by(strategy))
     arrays, metrics = aggregate(defence.record.server_round, valid)
     if arrays is None:  # nobody's reply was usable, or the strategy refused to aggregate
+        defence.skipped()
         return None, metrics
     aggregated, arrays = arrays, defence.defended(arrays)
     if arrays is not aggregated:
@@ -181,24 +183,44 @@ def _defended(
 
 
 def _carry_over_reset(strategy: Strategy, before: ArrayRecord, after: ArrayRecord) -> None:
-    """Let FedAvgM, which keeps its own copy of the model and a momentum, know of a reset.
+    """Let strategies that keep a momentum, or their own copy of the model, know of a reset.
 
-    Otherwise its next round would start from the compromised weights again. The momentum of what was
-    reset is dropped; everything else keeps its own.
+    Otherwise FedAvgM's next round would start from the compromised weights again, and the momentum of
+    FedAdam, FedYogi and FedAvgM would move the reset ones. The momentum of what was reset is dropped;
+    everything else keeps its own.
     """
     inner = getattr(strategy, "strategy", None)
     if isinstance(inner, Strategy):  # a wrapper of Flower's own, around which we are
         _carry_over_reset(inner, before, after)
-    if not isinstance(strategy, FedAvgM) or strategy.current_arrays is None:
-        return
-    strategy.current_arrays = after
-    if strategy.momentum_vector is not None:
-        strategy.momentum_vector = [
-            np.where(old.numpy() == new.numpy(), momentum, 0).astype(momentum.dtype)
-            for old, new, momentum in zip(
-                before.values(), after.values(), strategy.momentum_vector, strict=True
-            )
-        ]
+    if isinstance(strategy, FedAvgM) and strategy.current_arrays is not None:
+        strategy.current_arrays = after
+        if strategy.momentum_vector is not None:
+            strategy.momentum_vector = [
+                _without_reset(momentum, before[name], after[name])
+                for name, momentum in zip(before, strategy.momentum_vector, strict=True)
+            ]
+    if isinstance(strategy, FedOpt) and strategy.m_t is not None:
+        strategy.m_t = {
+            name: _without_reset(momentum, before[name], after[name])
+            for name, momentum in strategy.m_t.items()
+        }
+
+
+def _without_reset(momentum: NDArray[Any], before: Array, after: Array) -> NDArray[Any]:
+    """Zero the momentum of the rows that a reset changed."""
+    changed = np.atleast_1d(before.numpy() != after.numpy())
+    rows = changed.reshape(len(changed), -1).any(1)
+    kept = np.array(momentum)
+    np.atleast_1d(kept)[rows] = 0
+    return kept
+
+
+def _weighted_by(strategy: Strategy) -> str:
+    """Metric by which a strategy weights its average; wrappers leave that to what they wrap."""
+    inner = getattr(strategy, "strategy", None)
+    if isinstance(inner, Strategy):
+        return _weighted_by(inner)
+    return str(getattr(strategy, "weighted_by_key", "num-examples"))
 
 
 def _num_rounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

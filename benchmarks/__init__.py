@@ -1,0 +1,4 @@
+"""What the defence costs: time, memory and bytes, each against a bar that it has to hold.
+
+Run ``python -m benchmarks all``. Every benchmark prints a table and writes a JSON file.
+"""

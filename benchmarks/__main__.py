@@ -1,0 +1,56 @@
+"""The command line: ``python -m benchmarks report|detect|round|all``."""
+
+from __future__ import annotations
+
+import os
+
+# Before numpy and torch are loaded. Processes that are started later inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path("results/bench")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run benchmarks; a missed bar is shown, and is not an error."""
+    arguments = _parser().parse_args(argv)
+    from benchmarks import detection, reports, rounds
+
+    benchmarks = {
+        "report": lambda: reports.run(arguments.data_root),
+        "detect": lambda: detection.run(arguments.clients),
+        "round": lambda: rounds.run(arguments.data_root),
+    }
+    alone = arguments.name != "all"
+    for name in [arguments.name] if alone else list(benchmarks):
+        outcome = benchmarks[name]()
+        outcome.show()
+        out: Path = arguments.out or RESULTS
+        print(outcome.write(out if out.suffix == ".json" and alone else out / f"{name}.json"))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "name",
+        choices=("report", "detect", "round", "all"),
+        help="report: building a report against a bare forward pass; detect: reading reports and "
+        "detection on one core; round: a defended round against plain federated averaging",
+    )
+    parser.add_argument("--data-root", type=Path, help="folder that holds the data sets")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[10, 100, 1000], help="for detect"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder, or a .json file (default: results/bench/NAME.json)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
