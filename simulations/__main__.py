@@ -1,4 +1,4 @@
-"""The command line: ``python -m simulations run|compare|list``."""
+"""The command line: ``python -m simulations run|compare|list|bars``."""
 
 from __future__ import annotations
 
@@ -61,6 +61,24 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bars(arguments: argparse.Namespace) -> int:
+    """Run every row of bars.toml for several seeds and write one table."""
+    from simulations import bars, config, results, runner
+
+    progress = Console(stderr=True, quiet=arguments.quiet)
+    rows = [row for row in bars.load() if arguments.only in row.name]
+    try:
+        measured = bars.measure(rows, arguments.seeds, arguments.out, arguments.data_root, progress)
+        files = bars.write(bars.table(rows, measured), arguments.out)
+    except (config.ConfigError, runner.OutputError) as error:
+        return _fail(str(error), CONFIGURATION)
+    except (runner.RunError, results.ResultError) as error:
+        return _fail(str(error), FAILED)
+    print((arguments.out / "bars.md").read_text(encoding="utf-8"))
+    _list_files(_stdout(), files)
+    return 0
+
+
 def list_experiments(arguments: argparse.Namespace) -> int:
     """Print the experiments that come with the repository."""
     console = Console()
@@ -93,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("folders", type=Path, nargs="+", metavar="DIR")
     several.add_argument("--out", type=Path, default=Path("results/compare"))
     several.set_defaults(command=compare)
+
+    promised = commands.add_parser("bars", help="measure what the project promises")
+    promised.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    promised.add_argument("--only", default="", help="rows whose name contains this")
+    promised.add_argument("--out", type=Path, default=Path("results/bars"))
+    promised.add_argument("--data-root", type=Path, help="folder that holds the data sets")
+    promised.add_argument("--quiet", "-q", action="store_true", help="show no progress")
+    promised.set_defaults(command=bars)
 
     listing = commands.add_parser("list", help="list the experiments of this repository")
     listing.set_defaults(command=list_experiments)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -66,8 +67,8 @@ class Federation:
         What clients do to the model.
     watch : callable
         Called with the partition and each message that reaches it; may raise.
-    kept : dict of int to int
-        Number of samples that each client trained on last.
+    kept : dict of int to ndarray
+        Indices of the samples that each client trained on last.
     sent : list of dict
         The model as it was sent to client 0, by round.
     """
@@ -76,7 +77,7 @@ class Federation:
     watch: Callable[[int, Message], object] = lambda partition, message: None
     model_fn: Callable[[], nn.Module] = net
     data: Callable[[Context], TensorDataset] = data
-    kept: dict[int, int] = field(default_factory=dict)
+    kept: dict[int, np.ndarray] = field(default_factory=dict)
     sent: list[State] = field(default_factory=list)
 
     def app(self) -> ClientApp:
@@ -98,9 +99,9 @@ class Federation:
             received = state_of(message.content["arrays"])
             if partition == 0:
                 federation.sent.append(received)
-            federation.kept[partition] = len(none.kept(context))
+            federation.kept[partition] = none.kept(context)
             arrays = record_of(federation.train(partition, server_round, dict(received)))
-            metrics = MetricRecord({"num-examples": federation.kept[partition]})
+            metrics = MetricRecord({"num-examples": len(federation.kept[partition])})
             return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
         return app

@@ -456,7 +456,7 @@ def test_insignificant_remainders_rank_nothing() -> None:
     reports, layer_of = federation(model, attacked=True)
 
     noisy = detect(Mixture(significant=0.0), reports, layer_of)
-    usual = detect(Mixture(), reports, layer_of)
+    usual = detect(Mixture(significant=3.0), reports, layer_of)
     strict = detect(Mixture(significant=1e3), reports, layer_of)
 
     assert set(planted) < set(np.flatnonzero(noisy.scores))
