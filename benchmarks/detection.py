@@ -32,10 +32,12 @@ SHAPES = {"mnist-cnn": (1, 28, 28), "resnet18": (3, 32, 32)}
 
 METHOD = (
     "Each case in a process of its own, one thread, seconds of processor time. "
-    f"{DISTINCT} distinct reports of {SAMPLES} samples (random class means, samples spread around them) are sent under "
-    "as many client ids as there are clients. read: decode, check and summarise each, as the "
-    "server does; detect: all summaries at once. MB: growth of the process from before the first "
-    "report to its peak, and at its peak the whole process, torch and Flower included."
+    f"{DISTINCT} distinct reports of {SAMPLES} samples (random means for each class and neuron, "
+    "samples spread around them twice as wide as in the trained networks of the benchmark "
+    "'report') are sent under as many client ids as there are clients. read: decode, check and "
+    "summarise each, as the server does; detect: all summaries at once. MB: growth of the process "
+    "from before the first report to its peak, and at its peak the whole process, torch and Flower "
+    "included."
 )
 
 
@@ -82,11 +84,11 @@ def _reports(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield encoded reports of random values: a mean for each class and neuron, and noise."""
     generator = torch.Generator().manual_seed(0)
-    means = torch.randn(LABELS, spec.neurons, generator=generator)
+    means = 1 + torch.randn(LABELS, spec.neurons, generator=generator)
     sizes = np.bincount(layer_of).tolist()
     for _ in range(number):
         labels = torch.randint(LABELS, (samples,), generator=generator)
-        values = means[labels] + torch.randn(samples, spec.neurons, generator=generator)
+        values = means[labels] + torch.randn(samples, spec.neurons, generator=generator) / 2
         builder = ReportBuilder(spec)
         # Logits so sure of the label that prediction-extremes are filled as well.
         builder.add(values.split(sizes, dim=1), 10.0 * functional.one_hot(labels, LABELS), labels)

@@ -1,4 +1,4 @@
-"""The Flower ClientApp: trains on its share of the data, honestly or not, and answers NONE's queries."""
+"""The Flower ClientApp: trains on its share of the data, honestly or not, and reports to NONE."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the model that the server sent on the local samples."""
-    torch.set_num_threads(1)  # participants share the cores, and sums must not depend on their number
+    torch.set_num_threads(
+        1
+    )  # participants share the cores, and sums must not depend on their number
     settings = Settings.of(context)
     server_round = int(message.content["config"]["server-round"])
     context.state[_STATE] = ConfigRecord({"round": server_round})

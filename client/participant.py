@@ -105,9 +105,7 @@ def local_data(settings: Settings, attacking: bool) -> LocalData:
     if not attacking:
         return LocalData(images, labels, torch.zeros(len(labels), dtype=torch.bool))
     attack = settings.attack
-    trigger = (
-        Trigger(attack.trigger) if attack.trigger else DEFAULT_TRIGGER[settings.task.dataset]
-    )
+    trigger = Trigger(attack.trigger) if attack.trigger else DEFAULT_TRIGGER[settings.task.dataset]
     rng = np.random.default_rng([settings.experiment.seed, _POISON, settings.partition_id])
     part = settings._malicious.index(settings.partition_id)
     return LocalData(

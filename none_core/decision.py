@@ -35,12 +35,13 @@ class Policy:
     """
 
     every: int = 1
-    start_round: int = 2
+    start_round: int = 3
     quorum: float = 0.5
     budget: float = 0.04
     guard: float = 0.02
 
     def __post_init__(self) -> None:
+        """Refuse values out of range."""
         for name, value in (("every", self.every), ("start_round", self.start_round)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
@@ -56,7 +57,7 @@ class Policy:
         return since >= 0 and (since % self.every == 0 or server_round == last_round)
 
     def needed(self, asked: int) -> int:
-        """Number of valid reports that make the quorum among ``asked`` clients."""
+        """Return the number of valid reports that make the quorum among ``asked`` clients."""
         return max(1, math.ceil(self.quorum * asked))
 
 
@@ -110,8 +111,8 @@ def accuracy_loss(before: Mapping[int, float], after: Mapping[int, float]) -> fl
 def halve(neurons: IntArray, layer_of: IntArray) -> IntArray:
     """Keep the half that lies deepest in the model, and of one layer the worse half.
 
-    Early neurons serve all classes, so a reset that costs too much most likely does because of them.
-    A single neuron becomes none.
+    Early neurons serve all classes, so a reset that costs too much most likely does because of
+    them. A single neuron becomes none.
 
     Parameters
     ----------

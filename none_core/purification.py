@@ -1,9 +1,9 @@
 """The poisoned-sample filter: which of its own samples a client had better not train on.
 
-Source: Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors During
-Training", NeurIPS 2022, Algorithm 1, lines 11 to 17, where one party holds all data. In its federated
-form the server sends what clean samples look like (mean and deviation of some neurons, and lambda) and
-the client, who alone sees the samples, drops those that exceed it.
+Source: Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors
+During Training", NeurIPS 2022, Algorithm 1, lines 11 to 17, where one party holds all data. In its
+federated form the server sends what clean samples look like (mean and deviation of some neurons,
+and lambda) and the client, who alone sees the samples, drops those that exceed it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _FEWEST_NEURONS = 5
 class SampleFilter:
     """Drop samples of some labels whose neurons are too far from the clean reference.
 
-    A sample of label ``labels[i]`` is dropped if the mean over m neurons of ``sign * (value - mean) /
-    deviation`` exceeds ``threshold[i]`` (the paper's lambda). A value is a neuron's maximum over space
-    in the model *before* the reset, since a reset neuron no longer tells anything.
+    A sample of label ``labels[i]`` is dropped if the mean over m neurons of ``sign * (value - mean)
+    / deviation`` exceeds ``threshold[i]`` (the paper's lambda). A value is a neuron's maximum over
+    space in the model *before* the reset, since a reset neuron no longer tells anything.
 
     Attributes
     ----------
@@ -80,8 +80,8 @@ def build_filter(
     """Build the filter that a detection justifies, or None without a suspicion.
 
     The neurons are those of the last layer by which the suspected samples stand out of their class
-    most: the compromised ones once the model reacts to the trigger, and before that the ones that show
-    the poisoned images' true classes. So poisoned samples are found before they did any harm.
+    most: the compromised ones once the model reacts to the trigger, and before that the ones that
+    show the poisoned images' true classes. So poisoned samples are found before they did any harm.
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 
-class Refusal(ValueError):
+class Refusal(ValueError):  # noqa: N818 (a refusal is normal here, not an error of ours)
     """Something from a client that was not let in.
 
     Parameters

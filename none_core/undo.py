@@ -34,8 +34,8 @@ class Undo:
         for name, old in before.items():
             if torch.equal(old, after[name]):
                 continue
-            former = torch.atleast_1d(old)
-            differs = former != torch.atleast_1d(after[name])
+            former = _at_least_1d(old)
+            differs = former != _at_least_1d(after[name])
             changed = differs.reshape(len(differs), -1).any(1)
             rows[name] = changed.nonzero().flatten().cpu().numpy()
             values[name] = former[changed].clone()
@@ -46,6 +46,11 @@ class Undo:
         restored = dict(state)
         for name, rows in self.rows.items():
             tensor = restored[name].clone()
-            torch.atleast_1d(tensor)[torch.from_numpy(rows)] = self.values[name].to(tensor.device)
+            _at_least_1d(tensor)[torch.from_numpy(rows)] = self.values[name].to(tensor.device)
             restored[name] = tensor
         return restored
+
+
+def _at_least_1d(tensor: Tensor) -> Tensor:
+    """View a single number as one row."""
+    return tensor.reshape(1) if tensor.ndim == 0 else tensor

@@ -1,4 +1,4 @@
-"""The Flower ServerApp: runs the configured strategy, evaluates every model it releases, records all."""
+"""The Flower ServerApp: runs a strategy, scores every model it releases, records all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor, nn
+from torch import nn
 
 from none_core.flower import NoneStrategy, RoundRecord
 from none_core.flower.messages import record_of, state_of
@@ -88,7 +88,11 @@ class Run:
         began = time.perf_counter()
         self.model.load_state_dict(state_of(arrays))
         scores = metrics.evaluate(
-            self.model, self.data.test_images, self.data.test_labels, self.trigger, self.attack.target
+            self.model,
+            self.data.test_images,
+            self.data.test_labels,
+            self.trigger,
+            self.attack.target,
         )
         ended = time.perf_counter()
         defence = self._defence_record(server_round)
@@ -114,7 +118,7 @@ class Run:
         return MetricRecord({"ba": scores.ba, "asr": scores.asr, "recovered": scores.recovered})
 
     def _costs(self, began: float, ended: float) -> dict[str, dict[str, float]]:
-        """Seconds and bytes of the round; deciding is what is left of the time before evaluation."""
+        """Seconds and bytes of the round; deciding takes what is left before evaluation."""
         seconds, traffic = self.grid.take()
         train, query = seconds.get("train", 0.0), seconds.get("query", 0.0)
         spent = {
@@ -135,7 +139,7 @@ class Run:
         return RoundRecord(server_round)
 
     def _newly_dropped(self) -> dict[str, int]:
-        """Samples that the participants' filters dropped since the last round."""
+        """Count the samples that the participants' filters dropped since the last round."""
         truth = self.grid.truth.values()
         now = sum(t["dropped"] for t in truth), sum(t["dropped-poisoned"] for t in truth)
         before, self._dropped = self._dropped, now
@@ -158,9 +162,7 @@ class Run:
         malicious = (
             []
             if attack.name == "none"
-            else malicious_clients(
-                self.experiment.clients, attack.malicious, self.experiment.seed
-            )
+            else malicious_clients(self.experiment.clients, attack.malicious, self.experiment.seed)
         )
         poisoned = sum(t["poisoned"] for t in self.grid.truth.values())
         self.folder.history(self.rounds, {"malicious": list(malicious), "poisoned": poisoned})
@@ -169,5 +171,3 @@ class Run:
         return models.build(
             self.task.model_name, self.data.shape, len(self.data.classes), self.experiment.seed
         )
-
-

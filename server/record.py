@@ -1,4 +1,4 @@
-"""What a run leaves behind: history, checkpoints, the audit trail and the evidence, file by file."""
+"""What a run leaves behind, file by file: history, checkpoints, audit trail and evidence."""
 
 from __future__ import annotations
 

@@ -84,9 +84,7 @@ def measure(
 
 def table(rows: Sequence[Row], measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict]:
     """One dict per row: mean and worst over the seeds, scores in percent."""
-    return [
-        _line(row, measured[row.name], measured.get(row.against or "")) for row in rows
-    ]
+    return [_line(row, measured[row.name], measured.get(row.against or "")) for row in rows]
 
 
 def write(lines: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
@@ -138,7 +136,9 @@ def _line(
         "seconds": round(mean(r["seconds"] for r in mine)),
     }
     if others:
-        lost = [100 * (o["final"]["ba"] - r["final"]["ba"]) for o, r in zip(others, mine, strict=True)]
+        lost = [
+            100 * (o["final"]["ba"] - r["final"]["ba"]) for o, r in zip(others, mine, strict=True)
+        ]
         line["BA lost"] = _mean_worst(lost, max)
     return line
 

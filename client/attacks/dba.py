@@ -1,6 +1,7 @@
 """The distributed backdoor attack: every malicious participant plants its own part of the trigger.
 
-Source: Xie, Huang, Chen, Li, "DBA: Distributed Backdoor Attacks against Federated Learning", ICLR 2020.
+Source: Xie, Huang, Chen, Li, "DBA: Distributed Backdoor Attacks against Federated Learning", ICLR
+2020.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class NoneClient:
         Builds the global model's architecture, on the device and in the memory format in which it
         is to answer: on a CPU ``torch.channels_last`` can halve a convolutional network's time.
     load_data : callable
-        ``context -> Dataset`` of (input, label) with a length and a fixed order. A ``TensorDataset``
-        is read in slices, anything else sample by sample.
+        ``context -> Dataset`` of (input, label) with a length and a fixed order. A
+        ``TensorDataset`` is read in slices, anything else sample by sample.
     prepare : callable, optional
         Applied to each batch of inputs, e.g. to turn bytes into floats.
     neuron_map : NeuronMap, optional
@@ -100,7 +100,7 @@ class NoneClient:
         return reply
 
     def kept(self, context: Context) -> NDArray[np.int64]:
-        """Indices of the samples to train on, ascending."""
+        """Return the indices of the samples to train on, ascending."""
         size = len(self.load_data(context))  # type: ignore[arg-type]
         record = context.state.array_records.get(_STATE)
         if record is None:
@@ -161,7 +161,7 @@ class NoneClient:
                 inputs, labels = (tensor[chosen] for tensor in dataset.tensors)
                 yield part, self.prepare(inputs), labels
         else:
-            subset = Subset(dataset, indices.tolist())  # type: ignore[arg-type]
+            subset = Subset(dataset, indices.tolist())
             loader = DataLoader(subset, batch_size=self.batch_size)
             for part, (inputs, labels) in zip(parts, loader, strict=True):
                 yield part, self.prepare(inputs), torch.as_tensor(labels)

@@ -264,9 +264,7 @@ class Defence:
 
     # --- steps ------------------------------------------------------------------------------------
 
-    def _query(
-        self, arrays: ArrayRecord, spec: ReportSpec
-    ) -> dict[int, tuple[Any, float, str]]:
+    def _query(self, arrays: ArrayRecord, spec: ReportSpec) -> dict[int, tuple[Any, float, str]]:
         """Ask this round's participants; summary, accuracy and digest of each valid report."""
         assert self._grid is not None
         server_round = self.record.server_round
@@ -319,7 +317,11 @@ class Defence:
             return before, neurons, reason
         tried = []
         record = self.record
-        counted = record.asked, record.reports, record.missing  # those of the detection, not of this
+        counted = (
+            record.asked,
+            record.reports,
+            record.missing,
+        )  # those of the detection, not of this
         predictions = ReportSpec(self.spec.neurons, self.spec.labels)
         while neurons.size:
             after = self._reset(before, neurons)
@@ -369,13 +371,15 @@ class Defence:
             )
 
     def _with_dtypes(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Averages of integer arrays come back as float64 from Flower; everything else is as sent."""
+        """Undo what Flower does to integer arrays, whose averages come back as float64."""
         for name, (dtype, _) in self._template.items():
             if arrays[name].dtype != str(dtype):
                 values = arrays[name].numpy()
                 if dtype.kind in "iu":
                     values = np.rint(values)
-                arrays[name] = Array(np.asarray(values, dtype))  # numpy made a scalar of a 0-dim one
+                arrays[name] = Array(
+                    np.asarray(values, dtype)
+                )  # numpy made a scalar of a 0-dim one
         return arrays
 
     def _refuse(self, refused: list[Refusal]) -> None:

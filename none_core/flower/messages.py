@@ -53,9 +53,7 @@ def read_query(content: RecordDict) -> tuple[ArrayRecord, ReportSpec, int]:
 def report_content(report: Report, query: ConfigRecord) -> RecordDict:
     """Answer a query."""
     fields = {name: Array(packed) for name, packed in report.encode().items()}
-    return RecordDict(
-        {REPORT: ArrayRecord(fields), QUERY: ConfigRecord({"round": query["round"]})}
-    )
+    return RecordDict({REPORT: ArrayRecord(fields), QUERY: ConfigRecord({"round": query["round"]})})
 
 
 def read_report(
@@ -129,8 +127,8 @@ _FILTER_FIELDS = ("labels", "neurons", "sign", "mean", "deviation", "threshold")
 
 
 # --- arrays from outside --------------------------------------------------------------------------
-# Flower's own Array.numpy() believes the header inside the bytes, which may claim any size. Here the
-# header is not parsed at all: the bytes must begin with exactly the one that numpy would write.
+# Flower's own Array.numpy() believes the header inside the bytes, which may claim any size. Here
+# the header is not parsed at all: the bytes must begin with exactly the one that numpy would write.
 
 
 def read_array(array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -146,7 +144,7 @@ def read_array(array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ND
     if array.dtype != str(dtype):
         raise ValueError(f"has dtype {array.dtype!r:.40}, not {dtype}")
     if tuple(array.shape) != shape:
-        raise ValueError(f"has shape {str(tuple(array.shape)):.60}, not {shape}")
+        raise ValueError(f"has shape {tuple(array.shape)!s:.60}, not {shape}")
     for order in ("C", "F"):
         header = _npy_header(dtype.str, shape, order == "F")
         if array.data.startswith(header):
@@ -170,7 +168,7 @@ def read_bytes(array: Array, largest: int) -> NDArray[np.uint8]:
     if len(array.data) > largest:
         raise ValueError(f"holds {len(array.data)} bytes, more than the {largest} allowed")
     if len(array.shape) != 1 or not 0 <= array.shape[0] <= largest:
-        raise ValueError(f"has shape {str(tuple(array.shape)):.60}, not a flat one")
+        raise ValueError(f"has shape {tuple(array.shape)!s:.60}, not a flat one")
     return read_array(array, np.dtype(np.uint8), (int(array.shape[0]),))  # True is a number, too
 
 
@@ -189,7 +187,9 @@ def state_of(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
 
 def record_of(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Record of a torch state dict."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().numpy()) for name, tensor in state.items()})
+    return ArrayRecord(
+        {name: Array(tensor.detach().cpu().numpy()) for name, tensor in state.items()}
+    )
 
 
 def sender_of(message: Message) -> str:

@@ -1,7 +1,7 @@
 """NONE as a Flower strategy: around any strategy, or mixed into one's own.
 
-Source: Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors During
-Training", NeurIPS 2022, section 5.4 (the federated defence).
+Source: Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors
+During Training", NeurIPS 2022, section 5.4 (the federated defence).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _POLICY = ("every", "start_round", "quorum", "budget", "guard")
 class NoneStrategy(Strategy):
     """Defend any Flower strategy with NONE.
 
-    The wrapped strategy samples, configures and aggregates as it always does. In between, replies are
-    validated before it sees them; after it has aggregated, the clients are asked for activation
+    The wrapped strategy samples, configures and aggregates as it always does. In between, replies
+    are validated before it sees them; after it has aggregated, the clients are asked for activation
     reports about the aggregated model, compromised neurons are identified and reset, and the model
     that is evaluated and broadcast next is the reset one. Before ``start_round`` the result equals
     the wrapped strategy's bit for bit.
 
-    Wrapping replaces the wrapped strategy's own ``start``; if it overrides that (to save checkpoints,
-    say), use :class:`NoneMixin` instead.
+    Wrapping replaces the wrapped strategy's own ``start``; if it overrides that (to save
+    checkpoints, say), use :class:`NoneMixin` instead.
 
     Parameters
     ----------
@@ -45,7 +45,8 @@ class NoneStrategy(Strategy):
         One batch as the model takes it.
     **settings
         Those of :class:`~none_core.decision.Policy` (every, start_round, quorum, budget, guard) and
-        of :class:`~none_core.flower.Defence` (detector, reset, purify, min_count, timeout, audit, ...).
+        of :class:`~none_core.flower.Defence` (detector, reset, purify, min_count, timeout, audit,
+        ...).
 
     Examples
     --------
@@ -165,9 +166,7 @@ def _defended(
     defence: Defence,
     strategy: Strategy,
     replies: Iterable[Message],
-    aggregate: Callable[
-        [int, Iterable[Message]], tuple[ArrayRecord | None, MetricRecord | None]
-    ],
+    aggregate: Callable[[int, Iterable[Message]], tuple[ArrayRecord | None, MetricRecord | None]],
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
     valid = defence.admitted(replies, _weighted_by(strategy))
     arrays, metrics = aggregate(defence.record.server_round, valid)
@@ -185,9 +184,9 @@ def _defended(
 def _carry_over_reset(strategy: Strategy, before: ArrayRecord, after: ArrayRecord) -> None:
     """Let strategies that keep a momentum, or their own copy of the model, know of a reset.
 
-    Otherwise FedAvgM's next round would start from the compromised weights again, and the momentum of
-    FedAdam, FedYogi and FedAvgM would move the reset ones. The momentum of what was reset is dropped;
-    everything else keeps its own.
+    Otherwise FedAvgM's next round would start from the compromised weights again, and the momentum
+    of FedAdam, FedYogi and FedAvgM would move the reset ones. The momentum of what was reset is
+    dropped; everything else keeps its own.
     """
     inner = getattr(strategy, "strategy", None)
     if isinstance(inner, Strategy):  # a wrapper of Flower's own, around which we are

@@ -1,4 +1,4 @@
-"""Train replies from clients that may be hostile: let in what an inner strategy can safely aggregate.
+"""Train replies from clients that may be hostile: let in what an inner strategy can safely average.
 
 Flower's stock strategies end the run, or let one client own the average, when a single reply has an
 extra key, a wrong shape, NaN weights or an absurd number of examples. Everything is checked here
@@ -59,8 +59,9 @@ def admit(
     Returns
     -------
     tuple of list
-        Messages in their order, and one refusal per refused message. The arrays of admitted messages
-        are put into the order of the model that was sent: some strategies compare them by position.
+        Messages in their order, and one refusal per refused message. The arrays of admitted
+        messages are put into the order of the model that was sent: some strategies compare them by
+        position.
     """
     admitted: list[Message] = []
     refused: list[Refusal] = []
@@ -166,7 +167,10 @@ def _difference(layout: _Layout, usual: _Layout) -> tuple[str, str]:
     if layout.arrays != usual.arrays:
         return "array record", f"is called {layout.arrays!r:.60}, others say {usual.arrays!r:.60}"
     if layout.metrics != usual.metrics:
-        return "metric record", f"is called {layout.metrics!r:.60}, others say {usual.metrics!r:.60}"
+        return (
+            "metric record",
+            f"is called {layout.metrics!r:.60}, others say {usual.metrics!r:.60}",
+        )
     name = min(name for name, _ in layout.lengths ^ usual.lengths)
     shape, wanted = (_length(name, dict(each.lengths)) for each in (layout, usual))
     return f"metric {name!r:.60}", f"is {shape} here, but {wanted} in most replies"

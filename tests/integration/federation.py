@@ -57,6 +57,11 @@ def data(context: Context) -> TensorDataset:
     return TensorDataset(*local_data(partition, partition in ATTACKERS))
 
 
+def clean_data(context: Context) -> TensorDataset:
+    """The samples of a node, none of which is poisoned."""
+    return TensorDataset(*local_data(int(context.node_config["partition-id"]), poisoned=False))
+
+
 @dataclass
 class Federation:
     """Clients, and what the server may see of them.

@@ -36,6 +36,7 @@ from tests.integration.federation import (
     Federation,
     State,
     attack,
+    clean_data,
     defended,
     echo,
     net,
@@ -114,11 +115,15 @@ def test_integer_buffers_are_averaged_and_keep_their_dtype() -> None:
 def test_asking_alone_changes_no_model() -> None:
     """With nothing to find, the defended run is the plain one."""
 
+    lines: list[dict[str, Any]] = []
+
     def run(strategy: Strategy) -> list[State]:
-        return Federation(noise, model_fn=batch_norm_net).run(strategy, 3)[1]
+        federation = Federation(noise, model_fn=batch_norm_net, data=clean_data)
+        return federation.run(strategy, 3)[1]
 
     plain = run(fedavg())
-    on = run(NoneStrategy(fedavg(), batch_norm_net, EXAMPLE, start_round=1))
+    on = run(NoneStrategy(fedavg(), batch_norm_net, EXAMPLE, start_round=1, audit=lines.append))
+    assert [len(line["reports"]) for line in lines] == [CLIENTS] * 3
     for one, other in zip(on, plain, strict=True):
         assert all(torch.equal(one[k], other[k]) for k in one if one[k].is_floating_point())
 
@@ -355,7 +360,9 @@ def test_it_asks_in_the_rounds_of_its_policy(
 def test_the_last_round_is_known_however_it_is_given(rounds: dict[str, int]) -> None:
     """``num_rounds`` is optional in Flower, with three as its default."""
     args = (2,) if rounds else ()
-    assert strategy._num_rounds(args, {}) == strategy._num_rounds((), rounds) == (2 if rounds else 3)
+    assert (
+        strategy._num_rounds(args, {}) == strategy._num_rounds((), rounds) == (2 if rounds else 3)
+    )
 
 
 def test_a_filter_is_sent_with_the_model_it_describes_and_no_other() -> None:

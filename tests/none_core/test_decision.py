@@ -52,7 +52,9 @@ def test_each_layer_gives_its_worst_compromised_neurons_up_to_the_budget(
     found = detection(compromised)
     wanted = []
     for layer, size in enumerate(np.bincount(LAYER_OF)):
-        mine = sorted((j for j in compromised if LAYER_OF[j] == layer), key=lambda j: -found.scores[j])
+        mine = sorted(
+            (j for j in compromised if LAYER_OF[j] == layer), key=lambda j: -found.scores[j]
+        )
         wanted += mine[: math.floor(budget * size + 1e-9)]
     wanted.sort(key=lambda j: -found.scores[j])
     decision = decide(found, LAYER_OF, Policy(budget=budget))
@@ -97,7 +99,9 @@ def test_it_queries_every_so_many_rounds_and_in_the_last(
     every: int, start: int, last: int | None
 ) -> None:
     policy = Policy(every=every, start_round=start)
-    asking = set(range(start, 13, every)) | ({last} if last is not None and last >= start else set())
+    asking = set(range(start, 13, every)) | (
+        {last} if last is not None and last >= start else set()
+    )
     assert {r for r in range(1, 13) if policy.queries(r, last)} == asking
 
 

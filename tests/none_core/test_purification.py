@@ -42,7 +42,9 @@ def flagged_slowly(f: SampleFilter, values: np.ndarray, labels: np.ndarray) -> l
 
 
 @settings(deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(0, 30), labels=st.sets(st.integers(0, 4), max_size=4))
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(0, 30), labels=st.sets(st.integers(0, 4), max_size=4)
+)
 def test_flagged_is_what_the_loop_says(seed: int, n: int, labels: set[int]) -> None:
     sample_filter = a_filter(seed, sorted(labels)) if labels else a_filter(seed, [0])
     rng = np.random.default_rng(seed + 1)

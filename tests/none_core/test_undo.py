@@ -46,7 +46,9 @@ def test_the_changed_rows_are_kept_and_put_back(states: tuple[State, State]) -> 
     untouched = {name: tensor.clone() for name, tensor in after.items()}
     undo = Undo.between(before, after)
     rows = {name: changed_rows(before[name], after[name]) for name in before}
-    assert {name: r.tolist() for name, r in undo.rows.items()} == {n: r for n, r in rows.items() if r}
+    assert {name: r.tolist() for name, r in undo.rows.items()} == {
+        n: r for n, r in rows.items() if r
+    }
     assert all(r.dtype == np.int64 for r in undo.rows.values())
 
     restored = undo.apply(after)

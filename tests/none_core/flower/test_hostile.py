@@ -299,7 +299,9 @@ def other_fields(draw: st.DrawFn) -> Change:
 def false_counts(draw: st.DrawFn) -> Change:
     """Negative and gigantic counts, and counts that contradict each other."""
     position = draw(st.integers(0, 10**6))
-    counts = draw(st.sampled_from(["predictions", "confident_count", "unlikely_count", "positions"]))
+    counts = draw(
+        st.sampled_from(["predictions", "confident_count", "unlikely_count", "positions"])
+    )
     beyond = st.integers(MAX_SAMPLES << 24 | 1, (1 << 64) - 1)
     return draw(
         st.one_of(
@@ -333,7 +335,12 @@ def other_envelope(draw: st.DrawFn) -> Change:
     """Always the last change."""
     kind = draw(st.sampled_from(["round", "no round", "no report", "other type", "renamed"]))
     anything = st.one_of(
-        st.integers(), st.floats(), TEXT, st.binary(max_size=9), st.just(10**5000), st.just(b"\0" * 9**6)
+        st.integers(),
+        st.floats(),
+        TEXT,
+        st.binary(max_size=9),
+        st.just(10**5000),
+        st.just(b"\0" * 9**6),
     )
     value = draw(anything.filter(lambda v: v != 2))
     name = draw(TEXT.filter(lambda n: n not in (messages.QUERY, messages.REPORT)))

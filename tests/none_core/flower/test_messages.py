@@ -29,7 +29,9 @@ DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8", "bool", "c
     order=st.sampled_from("CF"),
     seed=st.integers(0, 100),
 )
-def test_what_numpy_saves_is_read(dtype: str, shape: tuple[int, ...], order: str, seed: int) -> None:
+def test_what_numpy_saves_is_read(
+    dtype: str, shape: tuple[int, ...], order: str, seed: int
+) -> None:
     drawn = np.asarray(100 * np.random.default_rng(seed).normal(size=shape))
     values = np.empty(shape, dtype, order=order)
     values[...] = drawn
@@ -71,7 +73,9 @@ assert with_header(NORMAL, PAYLOAD) == Array(GOOD).data
         pytest.param(with_header(NORMAL.replace("(2, 3)", "(3, 2)"), PAYLOAD), id="shape"),
         pytest.param(with_header(NORMAL.replace("(2, 3)", "(6,)"), PAYLOAD), id="dimensions"),
         pytest.param(with_header(NORMAL.replace("2, 3", "2**60, 3"), PAYLOAD), id="expression"),
-        pytest.param(with_header(NORMAL.replace("(2, 3)", "(9" + "9" * 40 + ",)"), PAYLOAD), id="huge"),
+        pytest.param(
+            with_header(NORMAL.replace("(2, 3)", "(9" + "9" * 40 + ",)"), PAYLOAD), id="huge"
+        ),
         pytest.param(with_header(NORMAL.replace("(2, 3)", "(-2, -3)"), PAYLOAD), id="negative"),
         pytest.param(with_header("{" * 100, PAYLOAD), id="nested"),
         pytest.param(with_header(NORMAL, PAYLOAD[:-1]), id="too short"),
@@ -167,7 +171,9 @@ def test_a_report_comes_back(statistics: frozenset[str]) -> None:
         assert got.accuracy == sent.accuracy
 
 
-@pytest.mark.parametrize("said", [6, 4.5, float("nan"), "5", b"5", pytest.param(10**5000, id="huge"), -1, None])
+@pytest.mark.parametrize(
+    "said", [6, 4.5, float("nan"), "5", b"5", pytest.param(10**5000, id="huge"), -1, None]
+)
 def test_a_report_of_another_round_is_refused(said: object) -> None:
     content = messages.report_content(report(), ConfigRecord({"round": 5}))
     content[messages.QUERY] = ConfigRecord({} if said is None else {"round": said})

@@ -361,9 +361,7 @@ def test_nobody_valid_keeps_the_previous_model() -> None:
     lines: list[dict] = []
     poison = CASES["NaN"][0]
     one_reply = hostile_reply(poison)
-    outcome = play(
-        one_reply, Nobody(min_train_nodes=5, min_available_nodes=5), audit=lines.append
-    )
+    outcome = play(one_reply, Nobody(min_train_nodes=5, min_available_nodes=5), audit=lines.append)
     assert outcome.arrays is None
     assert "kept the previous model" in outcome.record.decision
     assert [line["decision"] for line in lines] == [outcome.record.decision]
@@ -429,7 +427,11 @@ def test_the_first_to_answer_does_not_decide_what_is_usual() -> None:
 
 
 def test_the_weight_limit_follows_the_median_of_the_claims() -> None:
-    for claims, ratio in (([10, 10, 10, 101], 10.0), ([10, 10, 10, 100], 10.0), ([1, 3, 5, 9], 2.0)):
+    for claims, ratio in (
+        ([10, 10, 10, 101], 10.0),
+        ([10, 10, 10, 100], 10.0),
+        ([1, 3, 5, 9], 2.0),
+    ):
         contents = [train_content(n) for n in HONEST]
         for content, claim in zip(contents, claims, strict=True):
             with_metric("num-examples", claim)(content)

@@ -217,7 +217,9 @@ class Outcome:
 
 def bits(arrays: ArrayRecord) -> dict[str, tuple[str, bytes]]:
     """Dtype and bytes of every array of a record."""
-    return {name: (a.dtype, np.ascontiguousarray(a.numpy()).tobytes()) for name, a in arrays.items()}
+    return {
+        name: (a.dtype, np.ascontiguousarray(a.numpy()).tobytes()) for name, a in arrays.items()
+    }
 
 
 def play(hostile: Answer, strategy: Strategy | None = None, **settings: object) -> Outcome:
@@ -255,9 +257,7 @@ def plain_average(nodes: Iterable[int]) -> dict[str, bytes]:
     """What Flower's FedAvg makes of the replies of these nodes, with the model's dtypes."""
     sent = record_of(net().state_dict())
     strategy = FedAvg()
-    instruction = {
-        node: Message(RecordDict({"arrays": sent}), node, "train") for node in nodes
-    }
+    instruction = {node: Message(RecordDict({"arrays": sent}), node, "train") for node in nodes}
     replies = [Message(train_content(n), reply_to=m) for n, m in instruction.items()]
     arrays, _ = strategy.aggregate_train(2, replies)
     assert arrays is not None
