@@ -68,7 +68,7 @@ class Run:
         )
         self.rounds: list[dict[str, Any]] = []
         self._dropped = (0, 0)  # samples, and poisoned ones among them, in the rounds so far
-        self._strongest = 0  # neurons reset in the round whose evidence is kept
+        self._strongest = -1.0  # surprise in the round whose evidence is kept
         self._round_began = time.perf_counter()
 
     def start(self) -> None:
@@ -146,10 +146,10 @@ class Run:
         return {"dropped": now[0] - before[0], "poisoned": now[1] - before[1]}
 
     def _keep_evidence(self, record: RoundRecord) -> None:
-        """Keep the evidence of the round in which most neurons were reset."""
+        """Keep the evidence of the reset at which the backdoor was seen most clearly."""
         if record.detection is None or record.before is None:
             return
-        strength = len(record.neurons_reset)
+        strength = max((s.surprise for s in record.detection.suspicions), default=0.0)
         if strength > self._strongest and isinstance(self.strategy, NoneStrategy):
             self._strongest = strength
             self.folder.evidence(self.strategy.defence, record, self.grid.partition_of)

@@ -65,8 +65,8 @@ def probe(
 ) -> Probe | None:
     """Read the worst neurons of a run's model on test images.
 
-    The worst are those with the highest scores in the evidence, of the model as it was before that
-    reset; a run without evidence is shown by its final model, and the neurons that the trigger
+    The worst are those with the highest scores among the reset ones, of the model as it was before
+    that reset; a run without evidence is shown by its final model, and the neurons that the trigger
     shifts most.
 
     Returns
@@ -90,7 +90,9 @@ def probe(
         with np.load(output / EVIDENCE, allow_pickle=False) as evidence:
             scores, reset = evidence["scores"], evidence["reset"].astype(bool)
             where = f"global model of round {int(evidence['round'])}, before its reset"
-        chosen = "with the highest evidence score"
+        if reset.any():
+            scores = np.where(reset, scores, -np.inf)
+        chosen = "reset with the highest evidence score" if reset.any() else "with the highest score"
     else:
         scores = (stamped.mean(0) - clean.mean(0)) / (clean.std(0) + 1e-6)
         where, chosen = "final global model", "that the trigger shifts most on test images"
