@@ -150,8 +150,10 @@ class Report:
     ----------
     spec : ReportSpec
     arrays : dict of str to ndarray
-        One array per field of ``spec.fields()``, counts as int64 (histograms as uint32), reals as
-        float64:
+        One array per field of ``spec.fields()``, counts as int64, reals as float64. Histograms
+        are uint32, but those of a received report are held as narrow as they came: read them as
+        ``report["histograms"]``, which is always uint32.
+
 
         - ``predictions`` (K, K): samples by local label and by the model's prediction;
         - ``histograms`` (K, J, BINS): samples by local label, neuron and bin of its value, where a
@@ -170,8 +172,9 @@ class Report:
     arrays: dict[str, NDArray[Any]] = field(repr=False)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """Array of one field."""
-        return self.arrays[name]
+        """Array of one field, in a type in which it can be added to others."""
+        array = self.arrays[name]
+        return array.astype(np.uint32, copy=False) if name == "histograms" else array
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
@@ -188,7 +191,7 @@ class Report:
     @cached_property
     def _grid_sums(self) -> NDArray[np.floating[Any]]:
         """Samples and sums of their bins' centre, centre**2 and half width, (K, J, 4)."""
-        histograms = self["histograms"]
+        histograms = self.arrays["histograms"]
         # float32 is exact for counts below 2**24, and this is the hot spot of reading a report.
         dtype: type[np.floating[Any]] = np.float32
         if int(self.counts.max(initial=0)) >= 1 << 24:
@@ -196,7 +199,9 @@ class Report:
         grid = HistogramGrid
         columns = [np.ones(grid.BINS), grid.CENTRES, grid.CENTRES**2, grid.HALF_WIDTHS]
         table = np.stack(columns, axis=1).astype(dtype)
-        sums: NDArray[np.floating[Any]] = histograms.astype(dtype) @ table
+        sums: NDArray[np.floating[Any]] = np.empty((*histograms.shape[:2], table.shape[1]), dtype)
+        for counts, out in zip(histograms, sums, strict=True):  # by label, or copies become large
+            np.matmul(counts.astype(dtype), table, out=out)
         return sums
 
     def moments(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -631,9 +636,6 @@ def _unpack(packed: NDArray[Any], kind: str, shape: tuple[int, ...]) -> NDArray[
     planes = np.frombuffer(data, np.uint8).reshape(width, -1)
     letter = {"count": "u", "histogram": "u", "real": "f", "sum": "i"}[kind]
     array = np.ascontiguousarray(planes.T).view(f"<{letter}{width}").reshape(shape)
-    if kind == "histogram":
-        # Not as narrow as it came: reports are added to each other.
-        return array.astype(np.uint32)
     if kind == "count":
         if width == 8 and (array > np.iinfo(np.int64).max).any():
             raise ValueError("holds a count beyond 63 bits")

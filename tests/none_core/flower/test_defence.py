@@ -95,7 +95,7 @@ def test_a_bad_report_does_not_spoil_a_good_one_after_it() -> None:
 
     outcome = reporting(second_try)
     assert (outcome.record.reports, outcome.record.missing) == (5, 0)
-    assert [r.field for r in outcome.record.refused] == ["predictions"]
+    assert [r.field for r in outcome.record.refused] == ["at_least_zero"]
 
 
 def test_a_report_in_the_name_of_a_stranger_is_refused() -> None:

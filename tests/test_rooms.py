@@ -1,0 +1,182 @@
+"""The rooms of the project: who may import whom, and what no file may hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("none_core", "tasks", "client", "server", "simulations", "benchmarks", "tests")
+STANDARD = frozenset(sys.stdlib_module_names) | {"__future__"}
+LIBRARY = frozenset({"torch", "numpy", "scipy", "jenkspy", "none_core"})
+
+# What each room may import besides the standard library; None: anything.
+# The longest prefix of a file's path decides.
+ALLOWED: dict[str, frozenset[str] | None] = {
+    "none_core/": LIBRARY,
+    "none_core/flower/": LIBRARY | {"flwr"},
+    "tasks/": None,
+    "client/": None,
+    "server/": None,
+    "simulations/": None,
+    "benchmarks/": None,
+}
+# What each room may not import, by the top-level name.
+FORBIDDEN: dict[str, frozenset[str]] = {
+    "none_core/": frozenset({"tasks", "client", "server", "simulations", "benchmarks", "tests"}),
+    "tasks/": frozenset(
+        {"none_core", "flwr", "client", "server", "simulations", "benchmarks", "tests"}
+    ),
+    "client/": frozenset({"server", "simulations", "benchmarks", "tests"}),
+    "server/": frozenset({"client", "simulations", "benchmarks", "tests"}),
+    "simulations/": frozenset({"tests"}),
+    "benchmarks/": frozenset({"tests"}),
+    "tests/": frozenset(),
+}
+
+
+def files(*suffixes: str) -> Iterator[Path]:
+    """Files of the project, without what is built or measured."""
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*")):
+            if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts:
+                yield path
+    yield from (p for p in sorted(ROOT.iterdir()) if p.is_file() and p.suffix in suffixes)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+PYTHON = list(files(".py"))
+
+
+def imported(source: str, path: str) -> set[str]:
+    """Every module that a file imports, anywhere in it, with relative imports resolved."""
+    package = path.split("/")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} if node.module else {f"{module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Call) and node.args:
+            called = ast.unparse(node.func)
+            first = node.args[0]
+            if called in ("__import__", "import_module", "importlib.import_module") and isinstance(
+                first, ast.Constant
+            ):
+                found.add(str(first.value))
+    return found
+
+
+def complaints(source: str, path: str) -> list[str]:
+    """Imports that the file at this path may not have."""
+    found = []
+    room = max((r for r in ALLOWED if path.startswith(r)), key=len, default="")
+    allowed = ALLOWED.get(room)
+    forbidden = {name for r, names in FORBIDDEN.items() if path.startswith(r) for name in names}
+    for module in sorted(imported(source, path)):
+        top = module.split(".")[0]
+        if top in forbidden:
+            found.append(f"{path} imports {module}")
+        elif allowed is not None and top not in allowed | STANDARD:
+            found.append(f"{path} imports {module}")
+        elif path.startswith("none_core/") and not path.startswith("none_core/flower/"):
+            if module.startswith("none_core.flower"):
+                found.append(f"{path} imports {module}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "wrong"),
+    [
+        ("none_core/a.py", "import os, torch, numpy as np\nfrom scipy import optimize", []),
+        ("none_core/a.py", "import flwr", ["flwr"]),
+        ("none_core/a.py", "def f():\n    from flwr.app import Message", ["flwr.app"]),
+        ("none_core/a.py", "from none_core.flower import messages", ["none_core.flower"]),
+        ("none_core/a.py", "from .flower import messages", ["none_core.flower"]),
+        ("none_core/a.py", "import importlib\nimportlib.import_module('pandas')", ["pandas"]),
+        ("none_core/detection/a.py", "from ..flower import x", ["none_core.flower"]),
+        ("none_core/detection/a.py", "import sklearn.cluster", ["sklearn.cluster"]),
+        ("none_core/flower/a.py", "import flwr.app\nimport none_core.flower.messages", []),
+        ("none_core/flower/a.py", "import tasks.data", ["tasks.data"]),
+        ("none_core/flower/a.py", "import simulations", ["simulations"]),
+        ("tasks/a.py", "import pydantic, torchvision\nfrom tasks import data", []),
+        ("tasks/a.py", "import flwr, none_core", ["flwr", "none_core"]),
+        ("client/a.py", "import none_core, tasks, flwr, client.app", []),
+        ("client/attacks/a.py", "from server.config import X", ["server.config"]),
+        ("server/a.py", "import client", ["client"]),
+        ("server/a.py", "import simulations.config", ["simulations.config"]),
+        ("simulations/a.py", "import server, client, tasks, none_core, rich", []),
+        ("simulations/a.py", "import tests.x", ["tests.x"]),
+        ("tests/a.py", "import simulations, server, client, hypothesis", []),
+    ],
+)
+def test_the_check_finds_what_it_should(path: str, source: str, wrong: list[str]) -> None:
+    assert complaints(source, path) == [f"{path} imports {module}" for module in wrong]
+
+
+def test_every_room_is_there() -> None:
+    for room in ("none_core", "none_core/flower", "tasks", "client", "server", "simulations"):
+        assert any(name_of(path).startswith(f"{room}/") for path in PYTHON), room
+    assert len(PYTHON) > 40
+
+
+def test_arrows_point_one_way() -> None:
+    found = []
+    for path in PYTHON:
+        found += complaints(path.read_text(encoding="utf-8"), name_of(path))
+    assert found == []
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = [
+        name_of(path) for path in PYTHON if not ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    ]
+    assert silent == []
+
+
+# --- what no file may hold ------------------------------------------------------------------------------
+
+# Written so that this file does not hold them either.
+MACHINE_PATH = re.compile(r"(?<![\w.~$}/])/(?:root|work|home/\w+|tmp/\w|Users/\w+|opt/\w+)(?:/|\b)")
+REGISTRY = re.compile(
+    r"(?:pypi|pythonhosted|npmjs|anaconda|conda-forge|artifactory|nexus|jfrog)[\w.-]*\.(?:org|com|io|net)",
+    re.IGNORECASE,
+)
+TEXTS = (".py", ".toml", ".md", ".txt", ".yml", ".yaml", ".html", ".cff", ".json", ".cfg", "")
+
+
+def offences(text: str) -> list[str]:
+    return [m.group() for pattern in (MACHINE_PATH, REGISTRY) for m in pattern.finditer(text)]
+
+
+def test_the_check_of_texts_finds_what_it_should() -> None:
+    for bad in (
+        "/" + "root/.cache",
+        "see /" + "work/main/x.py",
+        '"/' + "tmp/w/venv",
+        "cd /" + "home/me",
+        "https://" + "pypi" + ".org/simple",
+        "files." + "pythonhosted" + ".org",
+        "--index-url https://" + "artifactory.example" + ".com/x",
+    ):
+        assert offences(bad), bad
+    for good in ("$HOME/root", "a/work/b", "https://example.org/home/x", "/data", "pip install x"):
+        assert not offences(good), good
+
+
+def test_no_file_names_this_machine_or_a_registry() -> None:
+    found = []
+    for path in files(*TEXTS):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            found += [f"{name_of(path)}:{number}: {offence}" for offence in offences(line)]
+    assert found == []
