@@ -33,7 +33,7 @@ SHAPES = {"mnist-cnn": (1, 28, 28), "resnet18": (3, 32, 32)}
 METHOD = (
     "Each case in a process of its own, one thread, seconds of processor time. "
     f"{DISTINCT} distinct reports of {SAMPLES} samples (random means for each class and neuron, "
-    "samples spread around them twice as wide as in the trained networks of the benchmark "
+    "samples spread over about twice as many bins as in the trained networks of the benchmark "
     "'report') are sent under as many client ids as there are clients. read: decode, check and "
     "summarise each, as the server does; detect: all summaries at once. MB: growth of the process "
     "from before the first report to its peak, and at its peak the whole process, torch and Flower "
@@ -54,6 +54,8 @@ def run(clients: Sequence[int], samples: int = SAMPLES) -> Outcome:
 def measure(detector: str, model: str, clients: Sequence[int], samples: int) -> list[Row]:
     """Make reports, and measure reading and detection for each number of clients."""
     chosen = [n for n in clients if detector == "mixture" or n <= 100]
+    if not chosen:
+        return []
     network = models.build(model, SHAPES[model], LABELS, seed=0)
     neurons = NeuronMap.trace(network, torch.zeros(1, *SHAPES[model]))
     spec = ReportSpec(neurons.size, LABELS, DETECTORS[detector].statistics)

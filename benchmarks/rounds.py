@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.outcome import Bar, Outcome, Row
-from simulations import config, results, runner
+from client.app import app as client_app
+from server.app import app as server_app
+from simulations import config, results
 from simulations.__main__ import EXPERIMENTS
+from simulations.engines import run_in_process
 
 METHOD = (
     "mnist5k, 10 clients, one local epoch, in-process engine on all cores; seconds by the clock, "
@@ -20,17 +22,18 @@ METHOD = (
     "but the first, and of these the median over repetitions; a ratio is the median of those of "
     "runs that followed each other. A round is training, queries and deciding; central evaluation, "
     "which plain averaging has as well, is given apart and added in the last column. quiet: no "
-    "attacker, a query in each round. reset: a reset and the guard's query in each round, forced "
-    "by the detector contrast, which always finds something. attacked: DBA, with the sample filter."
+    "attacker, a query in each round. reset: the rounds with a reset and so with the guard's query "
+    "as well, forced by the detector contrast, which finds something once the model is sure of "
+    "some predictions. attacked: DBA, with the sample filter."
 )
 RATIO = 1.35
-PLAIN, QUIET = "plain FedAvg", "defended, quiet"
+PLAIN, QUIET, RESET = "plain FedAvg", "defended, quiet", "defended, reset"
 
 # `guard = 1` accepts every reset: exactly one more query each time.
 RUNS: dict[str, tuple[str, ...]] = {
     PLAIN: ('defense.name="undefended"',),
     QUIET: (),
-    "defended, reset": ('defense.detector="contrast"', "defense.guard=1.0"),
+    RESET: ('defense.detector="contrast"', "defense.guard=1.0"),
     "defended, attacked": ('attack.name="dba"',),
 }
 COMMON = ("train.local_epochs=1", "defense.start_round=1", "defense.every=1")
@@ -39,27 +42,36 @@ PHASES = ("train", "query", "decide", "evaluate")
 
 def run(data_root: Path | None, rounds: int = 8, repeats: int = 3) -> Outcome:
     """Run everything `repeats` times in turn."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
     for _ in range(repeats):
         for name, overrides in RUNS.items():
-            measured[name].append(median_round(_history(overrides, rounds, data_root)))
+            entries = _history(overrides, rounds, data_root)["rounds"][2:]
+            if name == RESET:
+                entries = [entry for entry in entries if entry["neurons_reset"]]
+            measured[name].append(median_round(entries))
     return Outcome("round", METHOD, [_row(name, measured) for name in RUNS])
 
 
-def median_round(history: Mapping[str, Any]) -> dict[str, float]:
+def median_round(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Median seconds of each phase, of the round without evaluation ("round") and with it ("all").
 
-    The initial model's entry and the first round are left out: that one loads data and traces.
+    Parameters
+    ----------
+    entries : sequence of dict
+        Rounds of ``history.json``, without the initial model's and the first: that one loads the
+        data and traces the model.
     """
-    seconds = [entry["seconds"] for entry in history["rounds"][2:]]
+    if not entries:
+        raise RuntimeError("there is no round of the kind to measure; run more rounds")
+    seconds = [entry["seconds"] for entry in entries]
     medians = {phase: statistics.median(s[phase] for s in seconds) for phase in PHASES}
     whole = [sum(s[phase] for phase in PHASES) for s in seconds]
     without = [total - s["evaluate"] for total, s in zip(whole, seconds, strict=True)]
-    resets = [float(entry["neurons_reset"] > 0) for entry in history["rounds"][2:]]
     return medians | {
         "round": statistics.median(without),
         "all": statistics.median(whole),
-        "resets": statistics.mean(resets),
+        "rounds": len(entries),
     }
 
 
@@ -69,7 +81,13 @@ def _history(overrides: tuple[str, ...], rounds: int, data_root: Path | None) ->
         if data_root is not None:
             settings.append(f"run.data_root='{data_root}'")
         experiment = config.load(EXPERIMENTS / "clean-mnist5k.toml", settings)
-        runner.execute(experiment, Console(quiet=True))
+        run_in_process(
+            server_app,
+            client_app,
+            experiment.run_config(),
+            clients=experiment.experiment.clients,
+            seed=experiment.experiment.seed,
+        )
         return results.read(Path(folder), results.HISTORY)
 
 
@@ -84,7 +102,7 @@ def _row(name: str, measured: Mapping[str, list[dict[str, float]]]) -> Row:
         name,
         {f"{phase} s": middle[phase] for phase in PHASES}
         | {
-            "rounds with a reset": middle["resets"],
+            "rounds": sum(r["rounds"] for r in runs),
             "round s": middle["round"],
             "ratio": ratio,
             "ratio of minima": min(r["round"] for r in runs) / min(p["round"] for p in plain),

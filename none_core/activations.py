@@ -154,7 +154,6 @@ class Report:
         are uint32, but those of a received report are held as narrow as they came: read them as
         ``report["histograms"]``, which is always uint32.
 
-
         - ``predictions`` (K, K): samples by local label and by the model's prediction;
         - ``histograms`` (K, J, BINS): samples by local label, neuron and bin of its value, where a
           neuron's value is its maximum over space;

@@ -174,10 +174,10 @@ class Defence:
         self._template = template_of(arrays)
         outgoing = list(outgoing)
         self._nodes = list(dict.fromkeys(message.metadata.dst_node_id for message in outgoing))
-        if self._filter is not None:
+        if self._filter is not None and server_round > 1:  # a new run knows no filter
             for message in outgoing:
                 message.content = self._with_filter(message, self._filter, server_round)
-            self._filter = None  # it describes this model and no later one
+        self._filter = None  # it describes this model and no later one
         return outgoing
 
     def admitted(self, replies: Iterable[Message], weighted_by: str) -> list[Message]:
@@ -377,9 +377,8 @@ class Defence:
                 values = arrays[name].numpy()
                 if dtype.kind in "iu":
                     values = np.rint(values)
-                arrays[name] = Array(
-                    np.asarray(values, dtype)
-                )  # numpy made a scalar of a 0-dim one
+                # numpy turns an array without dimensions into a scalar.
+                arrays[name] = Array(np.asarray(values, dtype))
         return arrays
 
     def _refuse(self, refused: list[Refusal]) -> None:

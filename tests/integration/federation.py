@@ -1,4 +1,4 @@
-"""The planted toy net in a real federation: Flower's apps and messages, ten clients, no processes."""
+"""The planted toy net in a federation: Flower's apps and messages, ten clients, one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The defence in a real federation: a known backdoor in a toy net, Flower's own apps and messages."""
+"""The defence in a federation: a known backdoor in a toy net, Flower's own apps and messages."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def fedavg() -> FedAvg:
     return FedAvg(**EVERYBODY, fraction_evaluate=0.0)
 
 
-# --- switched off ------------------------------------------------------------------------------------
+# --- switched off ---------------------------------------------------------------------------------
 
 
 def batch_norm_net() -> nn.Module:
@@ -128,7 +128,7 @@ def test_asking_alone_changes_no_model() -> None:
         assert all(torch.equal(one[k], other[k]) for k in one if one[k].is_floating_point())
 
 
-# --- under attack ------------------------------------------------------------------------------------
+# --- under attack ---------------------------------------------------------------------------------
 
 
 def test_a_planted_backdoor_is_reset_before_the_model_is_sent() -> None:
@@ -198,7 +198,7 @@ def test_a_seed_repeats(how: str) -> None:
     assert same(first[-1], other[-1]) == (how == "zero")
 
 
-# --- inner strategies --------------------------------------------------------------------------------
+# --- inner strategies -----------------------------------------------------------------------------
 
 
 def private(inner: Strategy) -> Strategy:
@@ -286,7 +286,7 @@ def test_a_strategy_that_returns_nothing_keeps_the_model_and_the_run_going() -> 
     assert ["kept the previous model" in line["decision"] for line in lines] == [True, True]
 
 
-# --- clients that do not answer as they should ---------------------------------------------------------
+# --- clients that do not answer as they should ----------------------------------------------------
 
 
 def unchanged() -> State:
@@ -376,7 +376,21 @@ def test_a_filter_is_sent_with_the_model_it_describes_and_no_other() -> None:
     assert carried == {2}  # asked in rounds 1, 5 and 7; what was poisoned is dropped in round 2
 
 
-# --- the guard -----------------------------------------------------------------------------------------
+def test_a_second_run_does_not_send_the_filter_of_the_first() -> None:
+    carried: list[int] = []
+
+    def note(partition: int, message: Message) -> None:
+        if messages.FILTER in message.content:
+            carried.append(int(message.content["config"]["server-round"]))
+
+    protected = defended()
+    Federation(noise, watch=note).run(protected, 1)
+    assert protected.defence._filter is not None
+    Federation(noise, watch=note).run(protected, 1)
+    assert carried == []
+
+
+# --- the guard ------------------------------------------------------------------------------------
 
 
 class Accusing(Mixture):
@@ -445,7 +459,7 @@ def test_a_reset_whose_cost_nobody_tells_is_not_made() -> None:
     assert lines[0]["missing"] == 0  # all of them told what they were asked first
 
 
-# --- the audit trail -------------------------------------------------------------------------------------
+# --- the audit trail ------------------------------------------------------------------------------
 
 
 def test_the_audit_trail_is_json_and_complete() -> None:
@@ -470,7 +484,7 @@ def test_the_audit_trail_is_json_and_complete() -> None:
         assert all(r["score"] > 0 for r in line["reset"])
 
 
-# --- the mixin -------------------------------------------------------------------------------------------
+# --- the mixin ------------------------------------------------------------------------------------
 
 
 class Mine(NoneMixin, FedAvg):
@@ -512,7 +526,7 @@ def test_the_mixin_without_defend_changes_nothing() -> None:
     assert mine.started == [3]
 
 
-# --- settings ----------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_another_model_than_the_trained_one_is_a_clear_error() -> None:

@@ -27,7 +27,7 @@ def detection(
     return Detection(scores, np.array(ranked, dtype=np.int64), alive, suspicions)
 
 
-# --- decide -----------------------------------------------------------------------------------------
+# --- decide ---------------------------------------------------------------------------------------
 
 
 def test_nothing_is_reset_unless_the_backdoor_is_alive() -> None:
@@ -69,7 +69,7 @@ def test_a_full_budget_resets_all_that_is_compromised_and_nothing_else() -> None
     assert sorted(decision.neurons) == [0, 5, 30]
 
 
-# --- policy -----------------------------------------------------------------------------------------
+# --- policy ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_the_quorum_is_the_smallest_number_that_is_enough(quorum: float, asked: 
     assert needed == 1 or needed - 1 < quorum * asked
 
 
-# --- the guard's figures ------------------------------------------------------------------------------
+# --- the guard's figures --------------------------------------------------------------------------
 
 
 def test_accuracy_loss_is_the_median_over_clients_that_answered_twice() -> None:

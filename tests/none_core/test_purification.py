@@ -76,7 +76,7 @@ def test_for_client_is_strict_for_suspected_labels_only() -> None:
         np.testing.assert_array_equal(getattr(mine, name), getattr(sample_filter, name))
 
 
-# --- build_filter -------------------------------------------------------------------------------------
+# --- build_filter ---------------------------------------------------------------------------------
 
 LAYER_OF = np.repeat([0, 1], [10, 200])
 LABELS = 4

@@ -51,9 +51,7 @@ def query(spec: ReportSpec = SPEC, model: nn.Module | None = None) -> Message:
 
 
 def read(reply: Message, spec: ReportSpec = SPEC) -> Report:
-    return messages.read_report(
-        reply.content, spec, sender="x", server_round=4, max_samples=10**6
-    )
+    return messages.read_report(reply.content, spec, sender="x", server_round=4, max_samples=10**6)
 
 
 def assert_same(one: Report, other: Report) -> None:
@@ -62,7 +60,9 @@ def assert_same(one: Report, other: Report) -> None:
 
 
 def wire(report: Report) -> Report:
-    return read(Message(messages.report_content(report, ConfigRecord({"round": 4})), reply_to=query()))
+    return read(
+        Message(messages.report_content(report, ConfigRecord({"round": 4})), reply_to=query())
+    )
 
 
 def new_style(none: NoneClient) -> ClientApp:
@@ -84,7 +84,7 @@ def legacy(none: NoneClient) -> ClientApp:
     return ClientApp(client_fn=client_fn, mods=[none.mod])
 
 
-# --- answering -----------------------------------------------------------------------------------------
+# --- answering ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("app", [new_style, without_mod, legacy])
@@ -154,7 +154,7 @@ def test_a_batch_size_below_one_is_named() -> None:
         NoneClient(net, tensors, batch_size=0)
 
 
-# --- the filter ------------------------------------------------------------------------------------------
+# --- the filter -----------------------------------------------------------------------------------
 
 
 def drop_above(label: int, neuron: int, value: float) -> SampleFilter:
@@ -289,7 +289,7 @@ def test_threads_do_not_share_a_model() -> None:
         try:
             for _ in range(3):
                 none.query(query(), context())
-        except BaseException as error:  # noqa: BLE001 (shown below)
+        except BaseException as error:  # shown below
             errors.append(error)
 
     threads = [threading.Thread(target=ask) for _ in range(3)]

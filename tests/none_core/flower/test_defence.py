@@ -1,4 +1,4 @@
-"""Reports that come back wrong, late, twice or from strangers: missing or refused, never counted."""
+"""Reports that come back wrong, late, twice or from strangers are missing or refused."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ TEXT = st.text(max_size=20)
 NOT_FINITE = st.sampled_from([np.nan, np.inf, -np.inf])
 
 
-# --- changes to a train reply ------------------------------------------------------------------------
+# --- changes to a train reply ---------------------------------------------------------------------
 
 
 def put_array(name: str, array: Array) -> Change:
@@ -202,7 +202,7 @@ TRAIN = st.tuples(
 ).map(lambda pair: pair[0] + pair[1]) | other_records().map(lambda change: [change])
 
 
-# --- changes to a report ------------------------------------------------------------------------------
+# --- changes to a report --------------------------------------------------------------------------
 
 FIELDS = (
     *("predictions", "histograms", "sums", "at_least_zero", "positions", "confident_count"),

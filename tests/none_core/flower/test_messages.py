@@ -92,7 +92,7 @@ def test_hostile_headers_are_refused_and_never_parsed(
     monkeypatch.setattr(np, "load", parsing)
     monkeypatch.setattr(np.lib.format, "read_array", parsing)
     array = Array("float32", (2, 3), "numpy.ndarray", data)
-    with pytest.raises(ValueError, match="does not hold|bytes, not 24"):
+    with pytest.raises(ValueError, match=r"does not hold|bytes, not 24"):
         read_array(array, np.dtype("float32"), (2, 3))
 
 
@@ -118,7 +118,7 @@ def test_read_bytes_reads_up_to_the_limit_and_no_further() -> None:
     ],
 )
 def test_read_bytes_refuses_what_is_no_flat_array_of_bytes(array: Array) -> None:
-    with pytest.raises(ValueError, match="shape|dtype|does not hold"):
+    with pytest.raises(ValueError, match=r"shape|dtype|does not hold"):
         read_bytes(array, 1000)
 
 
@@ -130,7 +130,7 @@ def test_a_true_for_a_length_spoils_no_later_array() -> None:
     assert read_bytes(Array(one), 1000) == one
 
 
-# --- round trips --------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 SPEC = ReportSpec(4, LABELS, frozenset(STATISTICS))
 
@@ -177,7 +177,7 @@ def test_a_report_comes_back(statistics: frozenset[str]) -> None:
 def test_a_report_of_another_round_is_refused(said: object) -> None:
     content = messages.report_content(report(), ConfigRecord({"round": 5}))
     content[messages.QUERY] = ConfigRecord({} if said is None else {"round": said})
-    with pytest.raises(ReportError, match="round is .*, not 5") as caught:
+    with pytest.raises(ReportError, match=r"round is .*, not 5") as caught:
         messages.read_report(content, SPEC, sender="node 1", server_round=5, max_samples=100)
     assert caught.value.sender == "node 1"
     assert len(str(caught.value)) < 150

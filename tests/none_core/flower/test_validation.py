@@ -119,12 +119,16 @@ CASES: dict[str, tuple[Change, str, str]] = {
     # keys
     "an extra array": (with_array("extra", Array(np.zeros(3))), "array 'extra'", "not part of"),
     "an extra array with a long name": (
-        with_array("x" * 10_000, Array(np.zeros(3))), "array 'xxx", "not part of",
+        with_array("x" * 10_000, Array(np.zeros(3))),
+        "array 'xxx",
+        "not part of",
     ),
     "a missing array": (lambda c: arrays(c).__delitem__(FIRST), f"array '{FIRST}'", "is missing"),
     "no arrays": (lambda c: arrays(c).clear(), "array '0.bias'", "is missing"),
     "a renamed array": (
-        lambda c: arrays(c).__setitem__("0.Weight", arrays(c).pop(FIRST)), f"array '{FIRST}'", "is missing",
+        lambda c: arrays(c).__setitem__("0.Weight", arrays(c).pop(FIRST)),
+        f"array '{FIRST}'",
+        "is missing",
     ),
     # shapes and types
     "a transposed array": (with_values(FIRST, np.transpose), FIRST, "has shape (3, 4), not (4, 3)"),
@@ -137,84 +141,141 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "complex numbers": (with_values(FIRST, np.complex64), FIRST, "has dtype 'complex64'"),
     "a counter of floats": (with_values(COUNTER, np.float32), COUNTER, "has dtype 'float32'"),
     "texts": (with_array(FIRST, Array(WEIGHTS.astype("U4"))), FIRST, "has dtype '<U4'"),
-    "another byte order": (with_array(FIRST, Array(WEIGHTS.astype(">f4"))), FIRST, "has dtype '>f4'"),
+    "another byte order": (
+        with_array(FIRST, Array(WEIGHTS.astype(">f4"))),
+        FIRST,
+        "has dtype '>f4'",
+    ),
     # values
     "NaN": (with_one_value(FIRST, np.nan), FIRST, "holds NaN or infinity"),
     "infinity": (with_one_value("3.bias", np.inf), "3.bias", "holds NaN or infinity"),
-    "minus infinity": (with_one_value("1.running_var", -np.inf), "1.running_var", "holds NaN or inf"),
+    "minus infinity": (
+        with_one_value("1.running_var", -np.inf),
+        "1.running_var",
+        "holds NaN or inf",
+    ),
     # bytes
     "truncated bytes": (with_data(FIRST, lambda d: d[:-1]), FIRST, "holds 47 bytes, not 48"),
     "a truncated header": (with_data(FIRST, lambda d: d[:40]), FIRST, "does not hold the array"),
     "no bytes": (with_data(FIRST, lambda d: b""), FIRST, "does not hold the array"),
     "bytes behind the array": (with_data(FIRST, lambda d: d + b"\0"), FIRST, "holds 49 bytes"),
     "noise": (with_data(FIRST, lambda d: b"\x93NOTNUMPY" * 20), FIRST, "does not hold the array"),
-    "a pickle": (with_data(FIRST, lambda d: pickle.dumps(WEIGHTS)), FIRST, "does not hold the array"),
+    "a pickle": (
+        with_data(FIRST, lambda d: pickle.dumps(WEIGHTS)),
+        FIRST,
+        "does not hold the array",
+    ),
     "a pickle in numpy's format": (
         with_data(FIRST, lambda d: npy(np.array([{}, WEIGHTS], dtype=object), allow_pickle=True)),
-        FIRST, "does not hold the array",
+        FIRST,
+        "does not hold the array",
     ),
-    "a zip archive": (with_data(FIRST, lambda d: archive(WEIGHTS)), FIRST, "does not hold the array"),
+    "a zip archive": (
+        with_data(FIRST, lambda d: archive(WEIGHTS)),
+        FIRST,
+        "does not hold the array",
+    ),
     "a header of another shape": (
-        with_data(FIRST, lambda d: npy(WEIGHTS.T.copy())), FIRST, "does not hold the array",
+        with_data(FIRST, lambda d: npy(WEIGHTS.T.copy())),
+        FIRST,
+        "does not hold the array",
     ),
     "a header of a gigantic shape": (
-        with_data(FIRST, lambda d: header((1 << 40, 3)) + d[-48:]), FIRST, "does not hold the array",
+        with_data(FIRST, lambda d: header((1 << 40, 3)) + d[-48:]),
+        FIRST,
+        "does not hold the array",
     ),
     "a header of another type": (
-        with_data(FIRST, lambda d: header((4, 3), "<i4") + d[-48:]), FIRST, "does not hold the array",
+        with_data(FIRST, lambda d: header((4, 3), "<i4") + d[-48:]),
+        FIRST,
+        "does not hold the array",
     ),
     "a header of the second version": (
-        with_data(FIRST, lambda d: b"\x93NUMPY\x02" + d[7:]), FIRST, "does not hold the array",
+        with_data(FIRST, lambda d: b"\x93NUMPY\x02" + d[7:]),
+        FIRST,
+        "does not hold the array",
     ),
     "a claim of another shape": (with_claim(FIRST, shape=(3, 4)), FIRST, "has shape (3, 4)"),
-    "a claim of a gigantic shape": (with_claim(FIRST, shape=(1 << 62, 1 << 62)), FIRST, "has shape"),
+    "a claim of a gigantic shape": (
+        with_claim(FIRST, shape=(1 << 62, 1 << 62)),
+        FIRST,
+        "has shape",
+    ),
     "a claim of a negative shape": (with_claim(FIRST, shape=(-4, -3)), FIRST, "has shape (-4, -3)"),
     "a claim of another type": (with_claim(FIRST, dtype="int32"), FIRST, "has dtype 'int32'"),
     "an unknown type": (with_claim(FIRST, dtype="x" * 10_000), FIRST, "has dtype 'xxx"),
-    "another serialisation": (with_claim(FIRST, stype="pickle"), FIRST, "is serialised as 'pickle'"),
+    "another serialisation": (
+        with_claim(FIRST, stype="pickle"),
+        FIRST,
+        "is serialised as 'pickle'",
+    ),
     # number of examples
     "a gigantic weight": (with_metric("num-examples", 10**9), "num-examples", "claims 1e+09, more"),
     "eleven times the usual weight": (
-        with_metric("num-examples", 11 * 43), "num-examples", "more than 10 times the median",
+        with_metric("num-examples", 11 * 43),
+        "num-examples",
+        "more than 10 times the median",
     ),
     "a weight beyond 64 bits": (with_metric("num-examples", 2**64), "num-examples", "claims 1.8"),
     "a weight beyond floats": (with_metric("num-examples", 10**400), "num-examples", "too large"),
     "a negative weight": (with_metric("num-examples", -40), "num-examples", "is -40, not positive"),
     "a weight of zero": (with_metric("num-examples", 0), "num-examples", "is 0, not positive"),
-    "a negative weight beyond floats": (with_metric("num-examples", -(10**400)), "num-examples", "large"),
+    "a negative weight beyond floats": (
+        with_metric("num-examples", -(10**400)),
+        "num-examples",
+        "large",
+    ),
     "a weight of minus zero": (with_metric("num-examples", -0.0), "num-examples", "not positive"),
     "a weight of NaN": (with_metric("num-examples", float("nan")), "num-examples", "is NaN"),
     "a weight of infinity": (with_metric("num-examples", float("inf")), "num-examples", "infinite"),
     "a list of weights": (with_metric("num-examples", [40]), "num-examples", "not one number"),
     "no weight": (without_metric("num-examples"), "num-examples", "is missing"),
     # other metrics
-    "an extra metric": (with_metric("asr", 1.0), "metric 'asr'", "is one number here, but missing in"),
+    "an extra metric": (
+        with_metric("asr", 1.0),
+        "metric 'asr'",
+        "is one number here, but missing in",
+    ),
     "a missing metric": (without_metric("train-loss"), "metric 'train-loss'", "is missing here"),
     "a longer list": (with_metric("curve", [0.5] * 3), "metric 'curve'", "a list of 3 here"),
     "an empty list": (with_metric("curve", []), "metric 'curve'", "a list of 0 here"),
     "a list for a number": (with_metric("train-loss", [1.0]), "metric 'train-loss'", "a list of 1"),
-    "an empty list for a number": (with_metric("train-loss", []), "metric 'train-loss'", "a list of 0"),
+    "an empty list for a number": (
+        with_metric("train-loss", []),
+        "metric 'train-loss'",
+        "a list of 0",
+    ),
     "a number for a list": (with_metric("curve", 0.5), "metric 'curve'", "is one number here"),
     "a NaN metric": (with_metric("train-loss", float("nan")), "metric 'train-loss'", "is NaN"),
     "NaN in a list": (with_metric("curve", [0.5, float("nan")]), "metric 'curve'", "is NaN"),
-    "a metric beyond floats": (with_metric("train-loss", 10**400), "metric 'train-loss'", "too large"),
+    "a metric beyond floats": (
+        with_metric("train-loss", 10**400),
+        "metric 'train-loss'",
+        "too large",
+    ),
     "no metrics": (lambda c: c.metric_records["metrics"].clear(), "num-examples", "is missing"),
     # records
     "two array records": (
-        lambda c: c.__setitem__("more", ArrayRecord(dict(arrays(c)))), "reply", "2 array records",
+        lambda c: c.__setitem__("more", ArrayRecord(dict(arrays(c)))),
+        "reply",
+        "2 array records",
     ),
     "no array record": (lambda c: c.__delitem__("arrays"), "reply", "holds 0 array records"),
     "two metric records": (
-        lambda c: c.__setitem__("more", MetricRecord({"num-examples": 1})), "reply", "2 metric records",
+        lambda c: c.__setitem__("more", MetricRecord({"num-examples": 1})),
+        "reply",
+        "2 metric records",
     ),
     "no metric record": (lambda c: c.__delitem__("metrics"), "reply", "holds 0 metric records"),
     "no record": (lambda c: c.clear(), "reply", "holds 0 array records"),
     "a configuration for arrays": (
-        lambda c: c.__setitem__("arrays", ConfigRecord({"a": b"x"})), "reply", "holds 0 array records",
+        lambda c: c.__setitem__("arrays", ConfigRecord({"a": b"x"})),
+        "reply",
+        "holds 0 array records",
     ),
     "a renamed array record": (renamed("arrays", "weights"), "array record", "is called 'weights'"),
     "a renamed metric record": (renamed("metrics", "m" * 9999), "metric record", "is called 'mmm"),
-}  # fmt: skip
+}
 
 
 def hostile_reply(change: Change) -> Callable[[Message], list[Message]]:
@@ -306,7 +367,7 @@ def test_finite_but_gigantic_weights_end_no_run() -> None:
     assert outcome.bits()[COUNTER][0] == "int64"
 
 
-# --- who sent it -----------------------------------------------------------------------------------
+# --- who sent it ----------------------------------------------------------------------------------
 
 
 def forged(message: Message, node: int) -> Message:
@@ -375,7 +436,7 @@ class Nobody(FedAvg):
         return None, None
 
 
-# --- the order of arrays ----------------------------------------------------------------------------
+# --- the order of arrays --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
@@ -405,7 +466,7 @@ def test_admit_sorts_the_arrays_of_the_first_reply_too() -> None:
     assert bits(arrays(reply.content)) == bits(arrays(train_content(HOSTILE)))
 
 
-# --- what most replies look like ----------------------------------------------------------------------
+# --- what most replies look like ------------------------------------------------------------------
 
 
 def replies_of(contents: list[RecordDict]) -> tuple[list[Message], dict]:

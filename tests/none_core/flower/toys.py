@@ -1,4 +1,4 @@
-"""A grid of plain functions, and a tiny federation of honest nodes with one hostile node among them."""
+"""A grid of plain functions, and a tiny federation with one hostile node among honest ones."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def answering(train: Answer = honest_answer, report: Answer = honest_answer) -> 
     return answer
 
 
-# --- one round --------------------------------------------------------------------------------------
+# --- one round ------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,0 +1,132 @@
+"""Benchmarks at tiny sizes: what they write, not how long anything takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import detection, reports, rounds
+from benchmarks.outcome import Bar, Outcome, Row
+
+
+def written(outcome: Outcome, folder: Path) -> dict[str, Any]:
+    outcome.show()
+    content: dict[str, Any] = json.loads(outcome.write(folder / "new" / "x.json").read_text())
+    assert content.keys() == {"benchmark", "method", "machine", "rows", "holds"}
+    assert {"cores", "threads", "torch", "processor", "load"} <= content["machine"].keys()
+    figures = [list(row["figures"]) for row in content["rows"]]
+    assert all(names == figures[0] for names in figures)
+    return content
+
+
+@pytest.mark.parametrize(("value", "holds"), [(1.3, True), (1.31, False)])
+def test_a_bar_holds_up_to_its_limit_and_decides_for_all(
+    tmp_path: Path, value: float, holds: bool
+) -> None:
+    rows = [Row("a", {"x": 1}), Row("b", {"x": None}, (Bar("x", value, 1.3), Bar("y", 0, 1)))]
+
+    content = written(Outcome("name", "how", rows), tmp_path)
+
+    first, second = content["rows"][1]["bars"]
+    assert first == {"figure": "x", "value": value, "limit": 1.3, "holds": holds}
+    assert second["holds"]
+    assert content["holds"] is holds
+
+
+def test_report_compares_with_a_forward_pass_and_counts_bytes(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (8, 1, 28, 28), generator=generator).byte()
+    case = reports.Case("tiny", "mnist-cnn", images, torch.arange(8))
+
+    row = reports.measure(case, "channels last", repeats=2)
+    figures = written(Outcome("report", reports.METHOD, [row]), tmp_path)["rows"][0]["figures"]
+
+    assert len(row.samples["forward s"]) == len(row.samples["report s"]) == 2
+    assert [bar.figure for bar in row.bars] == ["ratio", "bytes"]
+    # A flat npy header alone is 128 bytes, and the report has three fields.
+    assert 3 * 128 < figures["bytes"] < reports.REPORT_BYTES
+    assert figures["share of the model"] == pytest.approx(figures["bytes"] / 1_724_320)
+
+
+def test_full_mnist_share_is_6000_digits_without_the_data_set(tmp_path: Path) -> None:
+    large = reports.cases(tmp_path)[1]
+
+    assert large.images.shape == (6000, 1, 28, 28)
+    assert large.labels.shape == (6000,)
+    assert "repeated" in large.name
+
+
+@pytest.mark.parametrize("detector", ["mixture", "contrast"])
+def test_detect_reads_and_detects_in_a_process_of_its_own(tmp_path: Path, detector: str) -> None:
+    rows = detection.measure(detector, "mnist-cnn", [5], samples=40)
+
+    (row,) = written(Outcome("detect", detection.METHOD, rows), tmp_path)["rows"]
+    figures = row["figures"]
+    assert figures["read s"] > 0
+    assert figures["detect s"] > 0
+    assert 0 <= figures["growth MB"] <= figures["peak MB"]
+    assert row["bars"] == []
+
+
+def test_only_mixture_is_asked_about_a_thousand_clients() -> None:
+    assert detection.measure("linearity", "mnist-cnn", [1000], samples=40) == []
+
+
+def test_the_bars_of_detection_are_those_of_the_largest_case() -> None:
+    figures = {"read s": 8.0, "detect s": 2.5, "peak MB": 700.0}
+
+    bars = detection._row("mixture", "resnet18", 1000, figures).bars
+
+    assert [bar.holds for bar in bars] == [False, True]
+    assert detection._row("mixture", "resnet18", 100, figures).bars == ()
+
+
+def test_median_round_sets_evaluation_apart() -> None:
+    entries = [
+        {"seconds": {"train": train, "query": 1.0, "decide": 0.5, "evaluate": 2.0}}
+        for train in (1.0, 2.0, 30.0)
+    ]
+
+    figures = rounds.median_round(entries)
+
+    assert figures["train"] == 2
+    assert figures["round"] == 3.5
+    assert figures["all"] == 5.5
+    assert figures["rounds"] == 3
+
+
+def test_a_run_without_a_round_to_measure_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="more rounds"):
+        rounds.median_round([])
+
+
+def test_round_runs_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in set(rounds.RUNS) - {rounds.PLAIN, rounds.QUIET}:
+        monkeypatch.delitem(rounds.RUNS, name)
+
+    content = written(rounds.run(None, rounds=2, repeats=1), tmp_path)
+
+    plain, quiet = content["rows"]
+    assert plain["figures"]["ratio"] == 1
+    assert plain["figures"]["query s"] == 0
+    assert quiet["figures"]["query s"] > 0
+    assert quiet["figures"]["rounds"] == 1
+    assert [bar["figure"] for bar in quiet["bars"]] == ["ratio"]
+
+
+@pytest.mark.parametrize("out", ["folder", "one.json"])
+def test_command_writes_where_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    outcome = Outcome("detect", "how", [Row("a", {"x": 1})])
+    monkeypatch.setattr(detection, "run", lambda clients: outcome)
+
+    assert command.main(["detect", "--clients", "3", "--out", str(tmp_path / out)]) == 0
+
+    file = tmp_path / out if out.endswith(".json") else tmp_path / out / "detect.json"
+    assert json.loads(file.read_text())["holds"] is True
