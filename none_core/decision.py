@@ -25,20 +25,24 @@ class Policy:
     every : int
         Query in every so-many-th round (and always in the last one), >= 1.
     start_round : int
-        First round that queries, >= 1. In the first rounds classes are hardly told apart.
+        First round that queries, >= 1.
     quorum : float
         Share of the asked clients whose reports must be valid, in (0, 1].
     budget : float
         Largest share of one layer's neurons that one round may reset, in (0, 1], rounded down.
     guard : float
         Largest loss of the median client's accuracy that a reset may cost, in [0, 1].
+    min_accuracy : float
+        While the median client's accuracy is below, nothing is reset, in [0, 1]: a model that knows
+        next to nothing has no backdoor worth the neurons.
     """
 
     every: int = 1
-    start_round: int = 3
+    start_round: int = 1
     quorum: float = 0.5
     budget: float = 0.04
     guard: float = 0.02
+    min_accuracy: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -48,8 +52,9 @@ class Policy:
         for name, share in (("quorum", self.quorum), ("budget", self.budget)):
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {share}")
-        if not 0 <= self.guard <= 1:
-            raise ValueError(f"guard must be in [0, 1], got {self.guard}")
+        for name, share in (("guard", self.guard), ("min_accuracy", self.min_accuracy)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {share}")
 
     def queries(self, server_round: int, last_round: int | None) -> bool:
         """Whether this round asks for reports; the last round always does, once started."""
@@ -77,17 +82,30 @@ class Decision:
     reason: str
 
 
-def decide(detection: Detection, layer_of: IntArray, policy: Policy) -> Decision:
+def decide(
+    detection: Detection, layer_of: IntArray, policy: Policy, accuracy: float = 1.0
+) -> Decision:
     """Apply the stop rule and the budget.
 
     Poisoned *data* look poisoned for ever; resetting because of them destroys a healthy model. So
     nothing is reset unless the backdoor is alive in the *model*.
+
+    Parameters
+    ----------
+    detection : Detection
+    layer_of : ndarray of int64
+        (J,).
+    policy : Policy
+    accuracy : float
+        The median client's.
     """
     nothing = np.empty(0, dtype=np.int64)
     if not detection.alive:
         if detection.suspicions:
             return Decision(nothing, "poisoned data seen, but the model does not react to them")
         return Decision(nothing, "nothing suspicious")
+    if not accuracy >= policy.min_accuracy:
+        return Decision(nothing, f"the model is {100 * accuracy:.0f} % right, too early to reset")
     scores = np.full(len(layer_of), -np.inf)
     scores[detection.compromised] = detection.scores[detection.compromised]
     neurons = worst_of_each_layer(scores, layer_of, policy.budget)

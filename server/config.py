@@ -24,7 +24,7 @@ class DefenseConfig(Section):
     )
     reset: Literal["zero", "init"] = Field("zero", description="What reset weights become.")
     every: int = Field(1, ge=1, description="Query in every so many rounds, and in the last one.")
-    start_round: int = Field(3, ge=1, description="First round that queries.")
+    start_round: int = Field(1, ge=1, description="First round that queries.")
     budget: float = Field(
         0.04, gt=0, le=1, description="Largest share of a layer's neurons to reset in a round."
     )

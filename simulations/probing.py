@@ -92,7 +92,9 @@ def probe(
             where = f"global model of round {int(evidence['round'])}, before its reset"
         if reset.any():
             scores = np.where(reset, scores, -np.inf)
-        chosen = "reset with the highest evidence score" if reset.any() else "with the highest score"
+        chosen = (
+            "reset with the highest evidence score" if reset.any() else "with the highest score"
+        )
     else:
         scores = (stamped.mean(0) - clean.mean(0)) / (clean.std(0) + 1e-6)
         where, chosen = "final global model", "that the trigger shifts most on test images"

@@ -90,8 +90,8 @@ class Defence:
     purify : bool
         Send suspected clients (and, with a laxer threshold, all others) a filter for their samples.
     purify_threshold : float
-        Lambda for suspected clients, in standard deviations. Low, because of a suspected client's
-        samples most are poisoned, and a missed one costs more than a clean one dropped.
+        Lambda for suspected clients, in standard deviations. At 0 half of their clean samples of
+        the label go too: most samples there are poisoned, and a missed one costs far more.
     min_count : int
         Clients leave labels with fewer samples out of their reports.
     timeout : float
@@ -119,7 +119,7 @@ class Defence:
         reset: Literal["zero", "init"] = "zero",
         policy: Policy | None = None,
         purify: bool = True,
-        purify_threshold: float = 0.25,
+        purify_threshold: float = 0.0,
         min_count: int = 5,
         timeout: float = 600.0,
         max_samples: int = 10_000_000,
@@ -216,8 +216,9 @@ class Defence:
         summaries = {client: summary for client, (summary, _, _) in reports.items()}
         detection = self.detector.detect(summaries, self.layer_of)
         self.record.detection = detection
-        planned = decide(detection, self.layer_of, self.policy)
         accuracy = {client: report_accuracy for client, (_, report_accuracy, _) in reports.items()}
+        median = float(np.median(list(accuracy.values())))
+        planned = decide(detection, self.layer_of, self.policy, median)
         before = messages.state_of(arrays)
         after, neurons, decision = self._guarded_reset(
             before, planned.neurons, planned.reason, accuracy

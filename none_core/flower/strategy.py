@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from none_core.decision import Policy
 from none_core.flower.defence import Defence
 
-_POLICY = ("every", "start_round", "quorum", "budget", "guard")
+_POLICY = ("every", "start_round", "quorum", "budget", "guard", "min_accuracy")
 
 
 class NoneStrategy(Strategy):
@@ -44,7 +44,7 @@ class NoneStrategy(Strategy):
     example_input : Tensor
         One batch as the model takes it.
     **settings
-        Those of :class:`~none_core.decision.Policy` (every, start_round, quorum, budget, guard) and
+        Those of :class:`~none_core.decision.Policy` (every, start_round, quorum, budget, guard, min_accuracy) and
         of :class:`~none_core.flower.Defence` (detector, reset, purify, min_count, timeout, audit,
         ...).
 
