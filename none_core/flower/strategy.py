@@ -44,7 +44,8 @@ class NoneStrategy(Strategy):
     example_input : Tensor
         One batch as the model takes it.
     **settings
-        Those of :class:`~none_core.decision.Policy` (every, start_round, quorum, budget, guard, min_accuracy) and
+        Those of :class:`~none_core.decision.Policy` (every, start_round, quorum, budget, guard,
+        min_accuracy) and
         of :class:`~none_core.flower.Defence` (detector, reset, purify, min_count, timeout, audit,
         ...).
 
