@@ -183,7 +183,7 @@ def test_suspected_clients_drop_their_poison_and_nobody_else_anything() -> None:
         assert not poisoned[kept].any()
         clean = (~poisoned).sum()
         # At lambda 0 a suspected client loses half of its clean samples of the suspected label.
-        assert len(kept) >= (0.85 if partition in ATTACKERS else 0.99) * clean
+        assert len(kept) >= (0.8 if partition in ATTACKERS else 0.99) * clean
         dropped += 300 - len(kept)
     assert result.train_metrics_clientapp[2]["none-samples-dropped"] == dropped
     assert scores(models[-1]) == (1.0, 0.0)
