@@ -22,6 +22,7 @@ from tasks.config import (
     parse,
     to_run_config,
 )
+from tasks.data import CLASSES, SHAPES
 from tasks.poisoning import DEFAULT_TRIGGER, Trigger
 
 __all__ = ["SECTIONS", "ConfigError", "Experiment", "load"]
@@ -33,15 +34,6 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "attack": AttackConfig,
     "defense": DefenseConfig,
     "run": RunConfig,
-}
-
-# What the checks below need to know of a data set before anything is loaded.
-CLASSES = 10
-SHAPES = {
-    "mnist5k": (1, 28, 28),
-    "mnist": (1, 28, 28),
-    "fashion-mnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
 }
 
 

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from simulations import plots, progress, report, results
-from simulations.config import CLASSES, SHAPES, Experiment
+from simulations.config import Experiment
 from simulations.engines import FlowerError, run_flower, run_in_process
 from tasks import models
+from tasks.data import CLASSES, SHAPES
 
 LOG = "run.log"
 
