@@ -83,7 +83,12 @@ class Decision:
 
 
 def decide(
-    detection: Detection, layer_of: IntArray, policy: Policy, accuracy: float = 1.0
+    detection: Detection,
+    layer_of: IntArray,
+    policy: Policy,
+    *,
+    accuracy: float = 1.0,
+    again: bool = False,
 ) -> Decision:
     """Apply the stop rule and the budget.
 
@@ -98,6 +103,9 @@ def decide(
     policy : Policy
     accuracy : float
         The median client's.
+    again : bool
+        Whether the last query led to a reset as well. If the backdoor is alive again at once, that
+        reset was too timid: then the whole budget is spent on whatever is ranked.
     """
     nothing = np.empty(0, dtype=np.int64)
     if not detection.alive:
@@ -106,11 +114,15 @@ def decide(
         return Decision(nothing, "nothing suspicious")
     if not accuracy >= policy.min_accuracy:
         return Decision(nothing, f"the model is {100 * accuracy:.0f} % right, too early to reset")
-    scores = np.full(len(layer_of), -np.inf)
-    scores[detection.compromised] = detection.scores[detection.compromised]
-    neurons = worst_of_each_layer(scores, layer_of, policy.budget)
-    held_back = len(detection.compromised) - len(neurons)
+    candidates = np.zeros(len(layer_of), dtype=bool)
+    candidates[detection.compromised] = True
     reason = f"{len(detection.compromised)} neurons are compromised"
+    if again:
+        candidates |= detection.scores > 0
+        reason += " and the last reset did not last"
+    scores = np.where(candidates, detection.scores, -np.inf)
+    neurons = worst_of_each_layer(scores, layer_of, policy.budget)
+    held_back = len(np.setdiff1d(detection.compromised, neurons))
     if held_back:
         reason += f", {held_back} of them left for later rounds by the budget"
     return Decision(neurons, reason)

@@ -161,6 +161,7 @@ class Defence:
         self._template: Template = {}
         self._filter: SampleFilter | None = None
         self._filter_undo = Undo({}, {})
+        self._has_just_reset = False
 
     # --- the three moments of a round, in the order in which a strategy meets them ---------------
 
@@ -218,11 +219,14 @@ class Defence:
         self.record.detection = detection
         accuracy = {client: report_accuracy for client, (_, report_accuracy, _) in reports.items()}
         median = float(np.median(list(accuracy.values())))
-        planned = decide(detection, self.layer_of, self.policy, median)
+        planned = decide(
+            detection, self.layer_of, self.policy, accuracy=median, again=self._has_just_reset
+        )
         before = messages.state_of(arrays)
         after, neurons, decision = self._guarded_reset(
             before, planned.neurons, planned.reason, accuracy
         )
+        self._has_just_reset = bool(neurons.size)
         if neurons.size:
             self.record.neurons_reset, self.record.before = neurons, before
             arrays = messages.record_of(after)

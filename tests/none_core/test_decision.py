@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -69,6 +70,23 @@ def test_a_full_budget_resets_all_that_is_compromised_and_nothing_else() -> None
     assert sorted(decision.neurons) == [0, 5, 30]
 
 
+def test_a_backdoor_that_comes_back_at_once_costs_the_whole_budget() -> None:
+    found = detection([0, 5])
+    ranked = np.flatnonzero(found.scores > 0)
+    assert len(ranked) > 2
+    decision = decide(found, LAYER_OF, Policy(budget=1.0), again=True)
+    assert sorted(decision.neurons) == ranked.tolist()
+    assert "did not last" in decision.reason
+    quiet = replace(found, alive=False)
+    assert decide(quiet, LAYER_OF, Policy(budget=1.0), again=True).neurons.size == 0
+
+
+@pytest.mark.parametrize(("accuracy", "resets"), [(0.49, 0), (0.5, 2), (math.nan, 0)])
+def test_a_model_that_knows_nothing_is_left_alone(accuracy: float, resets: int) -> None:
+    decision = decide(detection([0, 5]), LAYER_OF, Policy(budget=1.0), accuracy=accuracy)
+    assert decision.neurons.size == resets
+
+
 # --- policy ---------------------------------------------------------------------------------------
 
 
@@ -81,7 +99,11 @@ def test_a_full_budget_resets_all_that_is_compromised_and_nothing_else() -> None
             for name in ("quorum", "budget")
             for value in (0, -0.1, 1.01, math.nan, math.inf)
         ],
-        *[("guard", value, r"in \[0, 1\]") for value in (-0.01, 1.01, math.nan)],
+        *[
+            (name, value, r"in \[0, 1\]")
+            for name in ("guard", "min_accuracy")
+            for value in (-0.01, 1.01, math.nan)
+        ],
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: float, legal: str) -> None:
