@@ -29,28 +29,6 @@ def most_liars(reports: int, bound: int | None = None) -> int:
     return minority if bound is None else min(bound, minority)
 
 
-def honest_median_bounds(values: FloatArray, liars: int) -> tuple[FloatArray, FloatArray]:
-    """Range in which the (lower) median of the honest values lies.
-
-    Parameters
-    ----------
-    values : ndarray
-        (n, ...), one row per report.
-    liars : int
-        Most liars among them, 0 <= liars < n.
-
-    Returns
-    -------
-    tuple of ndarray
-        Lower and upper bound, each (...).
-    """
-    if not 0 <= liars < len(values):
-        raise ValueError(f"liars must be in 0..{len(values) - 1}, got {liars}")
-    ordered = np.sort(values, axis=0)
-    rank = (len(values) - liars - 1) // 2
-    return ordered[rank], ordered[rank + liars]
-
-
 def some_honest_at_most(values: FloatArray, liars: int) -> FloatArray:
     """Value that at least one honest client's does not exceed: the (f + 1)-th smallest, (...)."""
     value: FloatArray = np.sort(values, axis=0)[min(liars, len(values) - 1)]

@@ -27,10 +27,8 @@ from none_core.detection.base import (
     upper_breaks,
 )
 from none_core.order_statistics import (
-    honest_median_bounds,
     most_liars,
     some_honest_at_least,
-    some_honest_at_most,
 )
 
 _SMALLEST = 1e-4  # share of an input below which masks are not told apart
@@ -48,21 +46,21 @@ class Summary(NamedTuple):
 class Inversion(Detector):
     """Pool what the clients' trigger inversions found.
 
-    1. The size of a class's trigger is the median over the clients that looked for it.
-    2. A class is attacked if the logarithm of its size is ``outlier`` robust standard deviations
-       below the median class, its size at most ``ratio`` of that class's, and most clients' trigger
-       works. Without such a class there is nothing to do: the outlier is the stop rule as well.
+    1. For each client alone, a class is an outlier if the logarithm of its trigger's size is
+       ``outlier`` robust standard deviations below that of its median class, the size at most
+       ``ratio`` of that class's, and the trigger works.
+    2. A class is attacked if it is an outlier for more clients than any minority has. Without such
+       a class there is nothing to do: this is the stop rule as well.
     3. The neurons are ranked by the median over clients of how far the attacked class's trigger
        moves them; natural breaks (Jenks) separate the compromised ones in each layer.
 
     A *watched* class was attacked a short while ago. For it the clients report what the trigger
-    that they found then still does, and the backdoor is alive as long as that turns ``lasting`` of
-    the images: far less than what makes a class an outlier again.
+    that they found then still does, and the backdoor is alive as long as for as many clients that
+    turns ``lasting`` of the images: far less than what makes a class an outlier again.
 
-    A median over n reports cannot be forced by a minority. It is *certified* against f liars if the
-    class is still an outlier when its size is the (f + 1)-th smallest report (at least one honest
-    client found one as small) and the other classes' sizes are likewise the smallest that some
-    honest client found; and a neuron, if its (f + 1)-th largest shift is still above the break.
+    So no minority can make up an attack, and what it says of other classes, large or small, changes
+    nothing about what the honest clients see. An attack is *certified* against f liars if more than
+    2f clients looked for it, and a neuron if its (f + 1)-th largest shift is still above the break.
     Neurons that are not certified are held back.
 
     Parameters
@@ -84,7 +82,7 @@ class Inversion(Detector):
     def __init__(
         self,
         outlier: float = 3.0,
-        ratio: float = 0.6,
+        ratio: float = 0.5,
         lasting: float = 0.01,
         spread: float = 0.15,
     ) -> None:
@@ -111,13 +109,21 @@ class Inversion(Detector):
         recent: Recent = NOTHING_RECENT,
     ) -> Detection:
         """Find attacked classes and the neurons that their triggers move."""
-        found = [summaries[client] for client in sorted(summaries)]
+        found = [s for _, s in sorted(summaries.items()) if s.probed.any()]
+        if not found:
+            return Detection(
+                scores=np.zeros(len(layer_of)),
+                compromised=np.empty(0, dtype=np.int64),
+                alive=False,
+                standing=np.full(len(layer_of), Standing.CONTESTED, dtype=np.int8),
+            )
+        liars = most_liars(len(summaries), bound)
         probed = np.stack([s.probed for s in found])
         shifts = {
             int(k): np.median([s.shift[k] for s in found if s.probed[k]], axis=0)
             for k in np.flatnonzero(probed.any(0))
         }
-        attacks = self._attacks(found, probed, bound, recent.watched)
+        attacks = self._attacks(found, probed, liars, recent.watched)
         confirmed = [a for a in attacks if a.label in recent.expected]
         scores = np.zeros(len(layer_of))
         for attack in confirmed or attacks:
@@ -127,7 +133,7 @@ class Inversion(Detector):
         lowest = _lowest_of_each_layer(scores, compromised, layer_of)
         for attack in (a for a in confirmed or attacks if a.certified):
             mine = np.stack([s.shift[attack.label] for s in found if s.probed[attack.label]])
-            supported = some_honest_at_least(mine, most_liars(len(found), bound)) >= lowest
+            supported = some_honest_at_least(mine, liars) >= lowest
             standing[supported] = Standing.CERTIFIED
         certain = standing[compromised] == Standing.CERTIFIED
         return Detection(
@@ -144,50 +150,46 @@ class Inversion(Detector):
         self,
         found: list[Summary],
         probed: NDArray[np.bool_],
-        bound: int | None,
+        liars: int,
         watched: frozenset[int],
     ) -> tuple[Attack, ...]:
         labels = np.flatnonzero(probed.any(0))
         if len(labels) < 3:  # an outlier among two is either of them
             return ()
-        liars = most_liars(len(found), bound)
-        sizes = [
-            np.array([s.size[k] for s in found if s.probed[k]], dtype=np.float64) for k in labels
-        ]
-        success = [np.array([s.success[k] for s in found if s.probed[k]]) for k in labels]
-        logs = [np.log(np.maximum(of_class, _SMALLEST)) for of_class in sizes]
-        typical = np.array([np.median(values) for values in logs])
-        # Liars may open the other classes' masks, too, to make one look small beside them.
-        cautious = np.array([honest_median_bounds(v, min(liars, len(v) - 1))[0] for v in logs])
+        size = np.stack([np.where(s.probed, s.size, np.nan) for s in found])[:, labels]
+        success = np.stack([np.where(s.probed, s.success, np.nan) for s in found])[:, labels]
+        logs = np.log(np.maximum(size.astype(np.float64), _SMALLEST))
+        strength, ratio = self._own_view(logs)
+        witness = (strength >= self.outlier) & (ratio <= self.ratio) & (success > 0.5)
+        typical = np.nanmedian(logs, axis=0)
         attacks = []
         for i, k in enumerate(labels):
-            strength, ratio = self._strength(i, typical)
-            pessimistic = cautious.copy()
-            pessimistic[i] = some_honest_at_most(logs[i], liars)
-            sure = self._strength(i, pessimistic)[0] >= self.outlier
-            works = float(np.median(success[i]))
-            seen = works > 0.5 and strength >= self.outlier and ratio <= self.ratio
-            if int(k) in watched:
-                seen = works >= self.lasting
-                sure = bool(some_honest_at_least(success[i], liars) >= self.lasting)
-            if not seen:
+            looked = probed[:, k]
+            views = success[:, i] >= self.lasting if int(k) in watched else witness[:, i]
+            if views[looked].sum() <= most_liars(int(looked.sum())):
                 continue
             attacks.append(
                 Attack(
                     label=int(k),
                     size=float(np.exp(typical[i])),
                     usual=float(np.exp(np.median(typical))),
-                    strength=strength,
-                    certified=len(logs[i]) > 2 * liars and sure,
+                    strength=float(np.median(strength[looked, i])),
+                    certified=int(looked.sum()) > 2 * liars,
                 )
             )
         return tuple(attacks)
 
-    def _strength(self, i: int, logs: FloatArray) -> tuple[float, float]:
-        """Robust standard deviations below the median class, and size relative to it."""
-        centre = float(np.median(logs))
-        spread = max(MAD_TO_SIGMA * float(np.median(np.abs(logs - centre))), self.spread)
-        return float(centre - logs[i]) / spread, float(np.exp(logs[i] - centre))
+    def _own_view(self, logs: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Judge as each client alone would from its sizes' logarithms, (n, K), NaN if not probed.
+
+        Robust standard deviations below its median class, and size relative to that; one that
+        probed fewer than three classes says nothing.
+        """
+        centre = np.nanmedian(logs, axis=1, keepdims=True)
+        deviation = MAD_TO_SIGMA * np.nanmedian(np.abs(logs - centre), axis=1, keepdims=True)
+        strength = (centre - logs) / np.maximum(deviation, self.spread)
+        strength[np.isfinite(logs).sum(1) < 3] = -np.inf
+        return strength, np.exp(logs - centre)
 
 
 def _lowest_of_each_layer(scores: FloatArray, chosen: IntArray, layer_of: IntArray) -> FloatArray:

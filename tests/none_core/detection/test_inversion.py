@@ -92,12 +92,12 @@ def test_without_an_outlier_there_is_no_attack() -> None:
 
 def test_a_trigger_that_does_not_work_is_no_attack() -> None:
     summaries = {i: honest(i) for i in range(10)}
-    for client in range(5):
+    for client in range(6):
         weak = np.ones(LABELS)
         weak[TARGET] = 0.0
         summaries[client] = summaries[client]._replace(success=np.float32(weak))
     assert found_by(summaries).attacks == ()
-    summaries[4] = honest(4)  # now it works for six of the ten
+    summaries[4] = honest(4)  # now it works for five of the ten, more than a minority
     assert [a.label for a in found_by(summaries).attacks] == [TARGET]
 
 
@@ -149,35 +149,36 @@ def slow_attacks(
     found: list[Summary], bound: int | None
 ) -> list[tuple[int, float, float, float, bool]]:
     """Label, size, usual size, strength and certificate, number by number."""
-    liars = min((len(found) - 1) // 2, len(found) if bound is None else bound)
-    logs = {
-        k: sorted(math.log(max(float(s.size[k]), 1e-4)) for s in found if s.probed[k])
-        for k in range(LABELS)
-    }
-    logs = {k: values for k, values in logs.items() if values}
-    if len(logs) < 3:
+    liars = (len(found) - 1) // 2 if bound is None else min(bound, (len(found) - 1) // 2)
+    sizes = [
+        {k: math.log(max(float(s.size[k]), 1e-4)) for k in range(LABELS) if s.probed[k]}
+        for s in found
+    ]
+    of_class = {k: [own[k] for own in sizes if k in own] for k in range(LABELS)}
+    typical = {k: median(values) for k, values in of_class.items() if values}
+    if len(typical) < 3:
         return []
 
-    def strength(k: int, of_class: dict[int, float]) -> float:
-        centre = median(of_class.values())
-        deviation = 1.4826 * median(abs(x - centre) for x in of_class.values())
-        return (centre - of_class[k]) / max(deviation, SETTINGS["spread"])
+    def strength(own: dict[int, float], k: int) -> float:
+        if len(own) < 3:
+            return -math.inf
+        centre = median(own.values())
+        deviation = 1.4826 * median(abs(x - centre) for x in own.values())
+        return (centre - own[k]) / max(deviation, SETTINGS["spread"])
 
-    typical = {k: median(values) for k, values in logs.items()}
-    usual = median(typical.values())
     attacks = []
-    for k, values in logs.items():
-        works = median(float(s.success[k]) for s in found if s.probed[k]) > 0.5
-        small = typical[k] - usual <= math.log(SETTINGS["ratio"])
-        if not works or not small or strength(k, typical) < SETTINGS["outlier"]:
+    for k in typical:
+        witnesses, strengths = 0, []
+        for own, s in zip(sizes, found, strict=True):
+            if k not in own:
+                continue
+            small = own[k] - median(own.values()) <= math.log(SETTINGS["ratio"])
+            strengths.append(strength(own, k))
+            witnesses += strengths[-1] >= SETTINGS["outlier"] and small and s.success[k] > 0.5
+        if witnesses <= (len(strengths) - 1) // 2:
             continue
-        least = {}
-        for j, reported in logs.items():
-            f = min(liars, len(reported) - 1)
-            least[j] = reported[(len(reported) - f - 1) // 2]
-        least[k] = values[min(liars, len(values) - 1)]
-        certified = len(values) > 2 * liars and strength(k, least) >= SETTINGS["outlier"]
-        attacks.append((k, math.exp(typical[k]), math.exp(usual), strength(k, typical), certified))
+        size, usual = math.exp(typical[k]), math.exp(median(typical.values()))
+        attacks.append((k, size, usual, median(strengths), len(strengths) > 2 * liars))
     return attacks
 
 
@@ -369,18 +370,19 @@ def test_nobody_can_be_framed_where_nothing_is_attacked(
     assert found.compromised.size == found.held_back.size == 0
 
 
-@pytest.mark.parametrize(("smallest", "certified"), [(2, True), (1, False)])
-def test_it_is_certified_by_one_small_mask_more_than_there_are_liars(
-    smallest: int, certified: bool
+@pytest.mark.parametrize(("witnesses", "seen"), [(3, [TARGET]), (2, [])])
+def test_an_attack_is_seen_by_more_clients_than_any_minority_has(
+    witnesses: int, seen: list[int]
 ) -> None:
-    """Two of the five say that all other masks are small; one of the five may lie."""
-    sizes = np.full((5, LABELS), 0.1)
-    sizes[3:] = 0.05
-    sizes[:, TARGET] = 0.04
-    sizes[:smallest, TARGET] = 0.01
+    """Those who do not see it say that all other masks are tiny, which changes nothing."""
+    sizes = np.full((5, LABELS), 1e-3)
+    sizes[:, TARGET] = 0.5
+    sizes[:witnesses] = 0.1
+    sizes[:witnesses, TARGET] = 0.01
     shift = np.zeros((LABELS, NEURONS))
-    found = found_by({i: summary(row, shift) for i, row in enumerate(sizes)}, bound=1)
-    assert [(a.label, a.certified) for a in found.attacks] == [(TARGET, certified)]
+    found = found_by({i: summary(row, shift) for i, row in enumerate(sizes)})
+    assert [a.label for a in found.attacks] == seen
+    assert all(a.certified for a in found.attacks)
 
 
 ORDINARY = 0.4  # range of the logarithms of ordinary sizes: below outlier times spread
@@ -404,10 +406,6 @@ def test_no_lie_makes_an_ordinary_class_certified(clients: int, seed: int) -> No
         assert found.attacks == ()
 
 
-def lowest_median(values: list[float]) -> float:
-    return sorted(values)[(len(values) - 1) // 2]
-
-
 SOME_SIZES = st.sampled_from([0.01, 0.02, 0.05, 0.1, 0.11, 0.2])
 
 
@@ -417,21 +415,19 @@ SOME_SIZES = st.sampled_from([0.01, 0.02, 0.05, 0.1, 0.11, 0.2])
     st.lists(st.lists(EXTREMES, min_size=4, max_size=4), min_size=2, max_size=2),
     st.integers(0, 3),
 )
-def test_certified_means_that_an_honest_client_found_a_mask_as_small(
+def test_certified_means_that_an_honest_client_would_say_so_alone(
     truth: list[list[float]], told: list[list[float]], small: int
 ) -> None:
-    """However much the honest differ: beside what the honest say of the median class."""
     for row in truth[1:]:
         row[small] /= 10
     shift = np.zeros((4, NEURONS))
     summaries = {i: summary(np.array(row), shift) for i, row in enumerate(truth + told)}
-    usual = median(math.log(lowest_median([row[k] for row in truth])) for k in range(4))
+    alone = [{a.label for a in found_by({0: summaries[i]}).attacks} for i in range(len(truth))]
     for attack in found_by(summaries).attacks:
-        smallest = math.log(min(row[attack.label] for row in truth))
-        assert not attack.certified or usual - smallest >= 3.0 * 0.15 - 1e-6
+        assert not attack.certified or any(attack.label in labels for labels in alone)
 
 
-def test_a_class_that_is_small_for_all_the_honest_is_certified_unless_it_is_denied() -> None:
+def test_a_class_that_is_small_for_all_the_honest_is_certified_whatever_else_is_said() -> None:
     """The control of the test above: certificates are to be had."""
     sizes = np.array([[0.1, 0.11, 0.01], [0.12, 0.1, 0.012], [0.11, 0.13, 0.011]])
     shift = np.zeros((3, NEURONS))
