@@ -18,6 +18,7 @@ from none_core.detection.base import FloatArray, IntArray
 from none_core.neurons import NeuronMap
 
 _TINY = 1e-12
+_OF_A_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +48,14 @@ class Scene:
         Incoming weights of compromised neurons, one part per module.
     exits : tuple of Part
         The attacked class's weights in the output layer; empty if that is not known.
+    companions : tuple of Part
+        Biases and normalisation of both, which are not compared.
     """
 
     label: int
     entrances: tuple[Part, ...]
     exits: tuple[Part, ...]
+    companions: tuple[Part, ...] = ()
 
 
 def scene_of(
@@ -67,7 +71,7 @@ def scene_of(
     ----------
     neuron_map : NeuronMap
     shift : ndarray
-        How far the trigger moves each neuron, (J,).
+        How far the trigger moves each neuron, (J,); NaN where that is not known.
     label : int
         The class that it leads to.
     shapes : mapping of str to shape
@@ -76,16 +80,26 @@ def scene_of(
     share : float
         Share of each layer's neurons that count as compromised, at least one.
     """
-    entrances = []
+    entrances, companions = [], []
     for layer, start in zip(neuron_map.layers, neuron_map.offsets, strict=False):
-        here = shift[start : start + layer.size]
-        rows = np.argsort(-here, kind="stable")[: max(1, int(share * layer.size))]
-        entrances += [Part(f"{s.module}.weight", np.sort(rows)) for s in layer.sources]
+        here = np.nan_to_num(shift[start : start + layer.size], nan=-np.inf)
+        rows = np.sort(np.argsort(-here, kind="stable")[: max(1, int(share * layer.size))])
+        for source in layer.sources:
+            entrances.append(Part(f"{source.module}.weight", rows))
+            companions.append(Part(f"{source.module}.bias", rows))
+            # A normalisation after a concatenation has the channels of the other layers as well.
+            for name in (f"{source.norm}.{tensor}" for tensor in _OF_A_NORM):
+                first = 0 if shapes.get(name) == (layer.size,) else layer.first_channel
+                companions.append(Part(name, rows + first))
     mapped = {source.module for layer in neuron_map.layers for source in layer.sources}
     consumers = dict.fromkeys(c for layer in neuron_map.layers for c in layer.consumers)
-    names = [f"{c}.weight" for c in consumers if c not in mapped and f"{c}.weight" in shapes]
-    exits = [Part(name, np.array([label])) for name in names if shapes[name][0] > label]
-    return Scene(label, tuple(entrances), tuple(exits))
+    outputs = [
+        c for c in consumers if c not in mapped and shapes.get(f"{c}.weight", (0,))[0] > label
+    ]
+    exits = [Part(f"{name}.weight", np.array([label])) for name in outputs]
+    companions += [Part(f"{name}.bias", np.array([label])) for name in outputs]
+    present = tuple(dict.fromkeys(part for part in companions if part.name in shapes))
+    return Scene(label, tuple(entrances), tuple(exits), present)
 
 
 def distances(states: Sequence[Mapping[str, NDArray[np.floating]]], scene: Scene) -> FloatArray:

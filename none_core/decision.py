@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from none_core.detection import Detection
+from none_core.detection import Detection, Standing
 from none_core.detection.base import IntArray, worst_of_each_layer
 
 
@@ -35,6 +35,8 @@ class Policy:
         Share of the asked clients whose reports must be valid, in (0, 1].
     budget : float
         Largest share of one layer's neurons that one round may reset, in (0, 1], rounded down.
+    certified_budget : float
+        The same for neurons that no minority can have framed, if it is more, in (0, 1].
     guard : float
         Largest loss of the median client's accuracy that a reset may cost, in [0, 1].
     apart : float
@@ -52,6 +54,7 @@ class Policy:
     follow_ups: int = 4
     quorum: float = 0.5
     budget: float = 0.04
+    certified_budget: float = 0.1
     guard: float = 0.02
     min_accuracy: float = 0.5
     apart: float = 1.5
@@ -67,7 +70,11 @@ class Policy:
         ):
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
-        for name, share in (("quorum", self.quorum), ("budget", self.budget)):
+        for name, share in (
+            ("quorum", self.quorum),
+            ("budget", self.budget),
+            ("certified_budget", self.certified_budget),
+        ):
             if not 0 < share <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {share}")
         for name, share in (("guard", self.guard), ("min_accuracy", self.min_accuracy)):
@@ -144,15 +151,45 @@ def decide(
         return Decision(nothing, f"class {labels} looks attacked, to be confirmed by a probe")
     candidates = np.zeros(len(layer_of), dtype=bool)
     candidates[detection.compromised] = True
+    certified = candidates & (detection.certainty == Standing.CERTIFIED)
     reason = f"{len(detection.compromised)} neurons are compromised"
     if len(detection.held_back):
         reason += f" and {len(detection.held_back)} contested"
-    scores = np.where(candidates, detection.scores, -np.inf)
-    neurons = worst_of_each_layer(scores, layer_of, policy.budget)
+    chosen = np.concatenate(
+        [
+            worst_of_each_layer(np.where(which, detection.scores, -np.inf), layer_of, share)
+            for which, share in (
+                (certified, max(policy.budget, policy.certified_budget)),
+                (candidates & ~certified, policy.budget),
+            )
+        ]
+    )
+    neurons = chosen[np.lexsort((chosen, -detection.scores[chosen]))]
     held_back = len(np.setdiff1d(detection.compromised, neurons))
     if held_back:
         reason += f", {held_back} of them left for later rounds by the budget"
     return Decision(neurons, reason)
+
+
+def finish(decision: Decision, left_over: IntArray, layer_of: IntArray, policy: Policy) -> Decision:
+    """Reset what the budget or the guard has left over of a certified attack.
+
+    Parameters
+    ----------
+    decision : Decision
+        To reset nothing.
+    left_over : ndarray of int64
+        The worst first.
+    layer_of : ndarray of int64
+        (J,).
+    policy : Policy
+    """
+    if not left_over.size:
+        return decision
+    scores = np.full(len(layer_of), -np.inf)
+    scores[left_over] = -np.arange(len(left_over), dtype=np.float64)
+    neurons = worst_of_each_layer(scores, layer_of, max(policy.budget, policy.certified_budget))
+    return Decision(neurons, f"{decision.reason}, but {len(left_over)} neurons are left to reset")
 
 
 def accuracy_loss(before: Mapping[int, float], after: Mapping[int, float]) -> float:
@@ -166,10 +203,7 @@ def accuracy_loss(before: Mapping[int, float], after: Mapping[int, float]) -> fl
 
 
 def halve(neurons: IntArray, layer_of: IntArray) -> IntArray:
-    """Keep the half that lies deepest in the model, and of one layer the worse half.
-
-    Early neurons serve all classes, so a reset that costs too much most likely does because of
-    them. A single neuron becomes none.
+    """Keep the worse half of each layer's neurons, rounded down: one alone becomes none.
 
     Parameters
     ----------
@@ -178,8 +212,11 @@ def halve(neurons: IntArray, layer_of: IntArray) -> IntArray:
     layer_of : ndarray of int64
         (J,).
     """
-    deepest_first = np.argsort(-layer_of[neurons], kind="stable")
-    return neurons[np.sort(deepest_first[: len(neurons) // 2])]
+    layers = layer_of[neurons]
+    by_layer = np.argsort(layers, kind="stable")
+    rank = np.empty(len(neurons), dtype=np.int64)  # within the layer, 0 is the worst
+    rank[by_layer] = np.arange(len(neurons)) - np.searchsorted(layers[by_layer], layers[by_layer])
+    return neurons[rank < np.bincount(layers)[layers] // 2]
 
 
 @dataclass

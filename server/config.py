@@ -46,6 +46,7 @@ class DefenseConfig(Section):
         0.02, ge=0, le=1, description="Fall in the median client's accuracy that undoes a reset."
     )
     filter: bool = Field(True, description="Have clients drop samples that look poisoned.")
+    repair: bool = Field(True, description="Aggregate by the median where a backdoor is suspected.")
     quarantine: bool = Field(True, description="Leave out clients that were named repeatedly.")
     liars: int | None = Field(
         None, ge=0, description="Known bound on liars, for certificates; left out, any minority."

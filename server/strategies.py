@@ -105,6 +105,7 @@ def build(
                 quorum=config.quorum,
                 guard=config.guard,
                 purify=config.filter,
+                repair=config.repair,
                 quarantine=config.quarantine,
                 liars=config.liars,
                 probe_every=config.probe_every,

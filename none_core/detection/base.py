@@ -131,6 +131,13 @@ class Detection:
     standing: NDArray[np.int8] | None = None
     held_back: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
+    @property
+    def certainty(self) -> NDArray[np.int8]:
+        """:class:`Standing` of each neuron, (J,), also where the detector gives none."""
+        if self.standing is None:
+            return np.full(len(self.scores), Standing.CONTESTED, dtype=np.int8)
+        return self.standing
+
 
 @dataclass(frozen=True)
 class Recent:

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from none_core.activations import TRIGGER_SHIFT, ReportSpec
 from none_core.attribution import Scene, distances, scene_of
-from none_core.decision import Policy, Reputation, accuracy_loss, decide, halve, weigh
+from none_core.decision import (
+    Decision,
+    Policy,
+    Reputation,
+    accuracy_loss,
+    decide,
+    finish,
+    halve,
+    weigh,
+)
 from none_core.detection import DETECTORS, Detection, Detector, Standing
 from none_core.detection.base import IntArray, Recent
 from none_core.flower import messages
@@ -26,8 +35,11 @@ from none_core.flower.validation import Template, admit, template_of
 from none_core.neurons import HOWS, NeuronMap
 from none_core.purification import SampleFilter, build_filter
 from none_core.refusal import Refusal
+from none_core.repair import FEWEST, repaired, touched
 from none_core.trigger_inversion import Probe
 from none_core.undo import Undo
+
+_REPAIRED = 0.2  # share of each layer's neurons that a repair takes the clients' median of
 
 AuditSink = Callable[[dict[str, Any]], None]
 
@@ -49,6 +61,8 @@ class RoundRecord:
         Clients that were asked and did not answer, or answered with an error.
     purified : dict of int to int
         Samples that each client says it dropped before training.
+    repaired : list of int
+        Classes for whose backdoor weights were aggregated by the clients' median, ascending.
     neurons_reset : ndarray of int64
         Flat indices, the worst first.
     detection : Detection or None
@@ -59,7 +73,7 @@ class RoundRecord:
     quarantined : list of int
         Node ids of the clients whose updates will be left out from the next round on, ascending.
     before : dict of str to Tensor or None
-        State dict of the aggregated model, where neurons were reset.
+        State dict of the aggregated model, where it was repaired or neurons were reset.
     """
 
     server_round: int
@@ -69,6 +83,7 @@ class RoundRecord:
     refused: list[Refusal] = field(default_factory=list)
     missing: int = 0
     purified: dict[int, int] = field(default_factory=dict)
+    repaired: list[int] = field(default_factory=list)
     neurons_reset: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     detection: Detection | None = None
     named: list[int] = field(default_factory=list)
@@ -127,6 +142,8 @@ class Defence:
     purify_threshold : float
         Lambda for suspected clients, in standard deviations. At 0 half of their clean samples of
         the label go too: most samples there are poisoned, and a missed one costs far more.
+    repair : bool
+        Where reports or triggers speak of a backdoor, aggregate by the clients' median.
     quarantine : bool
         Leave out the updates of clients that were named repeatedly.
     reputation : Reputation, optional
@@ -164,6 +181,7 @@ class Defence:
         policy: Policy | None = None,
         purify: bool = True,
         purify_threshold: float = 0.0,
+        repair: bool = True,
         quarantine: bool = True,
         reputation: Reputation | None = None,
         liars: int | None = None,
@@ -194,7 +212,7 @@ class Defence:
             raise ValueError(f"max_weight_ratio must be > 1, got {max_weight_ratio}")
         self.detector, self.how, self.policy = detector, reset, policy or Policy()
         self.purify, self.purify_threshold = purify, purify_threshold
-        self.quarantine, self.liars = quarantine, liars
+        self.repair, self.quarantine, self.liars = repair, quarantine, liars
         self.min_count, self.timeout = min_count, timeout
         self.max_samples, self.max_weight_ratio = max_samples, max_weight_ratio
         self.audit = audit
@@ -216,6 +234,7 @@ class Defence:
         self._scene_certified = False  # ... whether no minority can have made it up ...
         self._watched_until = 0  # ... and the last round in which all are compared there
         self._resets = 0  # that this attack has led to
+        self._left_over: IntArray = np.empty(0, dtype=np.int64)  # compromised, not reset yet
         self._trained: dict[int, ArrayRecord] = {}  # this round's admitted models
         self._generator = torch.Generator().manual_seed(seed)
         self._grid: Grid | None = None
@@ -234,6 +253,7 @@ class Defence:
         if server_round == 1:  # a new run knows nothing
             self._filter, self._scene, self._accuracy = None, None, 0.0
             self._sighting, self._watched_until = _Sighting(), 0
+            self._left_over = self._left_over[:0]
             self._reputation = _fresh(self._fresh_reputation)
         if self.quarantine:  # also in rounds that do not query, or not with success
             self.record.quarantined = sorted(self._reputation.quarantined)
@@ -294,12 +314,21 @@ class Defence:
         planned = decide(
             detection, self.layer_of, self.policy, accuracy=self._accuracy, confirmed=confirmed
         )
+        if not planned.neurons.size and self._accuracy >= self.policy.min_accuracy:
+            planned = finish(planned, self._left_over, self.layer_of, self.policy)
         before = messages.state_of(arrays)
-        after, neurons, decision = self._guarded_reset(
-            before, planned.neurons, planned.reason, accuracy
+        after, neurons, decision = self._guarded(
+            before, self._repaired(before, detection), planned, accuracy
         )
         self._resets += bool(neurons.size) and confirmed
-        if neurons.size:
+        if confirmed:
+            self._left_over = detection.compromised[
+                detection.certainty[detection.compromised] == Standing.CERTIFIED
+            ]
+        self._left_over = self._left_over[~np.isin(self._left_over, neurons)]
+        if not neurons.size or server_round > self._watched_until:
+            self._left_over = self._left_over[:0]
+        if after is not before:
             self.record.neurons_reset, self.record.before = neurons, before
             arrays = messages.record_of(after)
         if self.purify:
@@ -484,45 +513,79 @@ class Defence:
         self.record.missing = len(asked - answered)
         return reports
 
-    def _guarded_reset(
+    def _scenes(self, detection: Detection) -> list[Scene]:
+        """Find where any backdoor lives that is spoken of, however little that is worth."""
+        shifts = {a.label: detection.shifts[a.label] for a in detection.attacks}
+        for s in detection.suspicions:
+            if s.client not in self._excluded:
+                known = shifts.get(s.label, np.full(len(self.layer_of), -np.inf))
+                shifts[s.label] = np.fmax(known, s.shift)
+        shapes = {name: shape for name, (_, shape) in self._template.items()}
+        return [scene_of(self.neurons, shifts[k], k, shapes, _REPAIRED) for k in sorted(shifts)]
+
+    def _repaired(self, before: dict[str, Tensor], detection: Detection) -> dict[str, Tensor]:
+        """Put the clients' median where a backdoor may live; ``before`` itself if nowhere."""
+        trained = [arrays for c, arrays in self._trained.items() if c not in self._excluded]
+        scenes = self._scenes(detection) if self.repair else []
+        if not scenes or len(trained) < FEWEST:
+            return before
+        self.record.repaired = [scene.label for scene in scenes]
+        states = [
+            {n: messages.read_array(arrays[n], *self._template[n]) for n in touched(scenes)}
+            for arrays in trained
+        ]
+        return repaired(before, states, scenes)
+
+    def _guarded(
         self,
         before: dict[str, Tensor],
-        neurons: IntArray,
-        reason: str,
+        repaired_state: dict[str, Tensor],
+        planned: Decision,
         accuracy: dict[int, float],
     ) -> tuple[dict[str, Tensor], IntArray, str]:
-        """Reset as much of ``neurons`` as the median client's accuracy allows."""
-        if not neurons.size:
+        """Repair, and reset as much as the median client's accuracy allows; ``before`` if nothing.
+
+        Returns
+        -------
+        tuple
+            The state dict, the neurons that were reset, and a sentence on what was done.
+        """
+        neurons, reason = planned.neurons, planned.reason
+        if repaired_state is before and not neurons.size:
             return before, neurons, reason
-        tried = []
-        record = self.record
-        counted = (
-            record.asked,
-            record.reports,
-            record.missing,
-        )  # those of the detection, not of this
+        record, tried = self.record, []
+        counted = record.asked, record.reports, record.missing  # those of the detection
         predictions = ReportSpec(self.spec.neurons, self.spec.labels)
-        while neurons.size:
-            after = self._reset(before, neurons)
+        while True:
+            after = self._reset(repaired_state, neurons)
             answers = self._query(messages.record_of(after), predictions)
             loss = accuracy_loss(accuracy, {client: a[1] for client, a in answers.items()})
-            if math.isnan(loss):
-                reason += "; nobody said what a reset would cost, so none was made"
-                neurons = neurons[:0]
-            elif loss <= self.policy.guard:
-                reason += f"; reset {len(neurons)} at {100 * loss:.1f} points of accuracy"
+            if loss <= self.policy.guard:
+                did = [f"reset {len(neurons)}"] if neurons.size else []
+                if record.repaired:
+                    did.insert(0, f"took the median for class {_listed(record.repaired)}")
+                reason += f"; {' and '.join(did)} at {100 * loss:.1f} points of accuracy"
                 break
-            else:
+            if math.isnan(loss):
+                reason += "; nobody said what a change would cost, so none was made"
+            elif neurons.size:
                 tried.append(f"{len(neurons)} would have cost {100 * loss:.1f} points")
                 neurons = halve(neurons, self.layer_of)
+                if neurons.size or repaired_state is not before:
+                    continue
+            else:
+                tried.append(f"the median alone would have cost {100 * loss:.1f} points")
+            after, neurons, record.repaired = before, neurons[:0], []
+            break
         record.asked, record.reports, record.missing = counted
         if tried:
             reason += f" ({', '.join(tried)})"
-        return (after if neurons.size else before), neurons, reason
+        return after, neurons, reason
 
     def _reset(self, before: dict[str, Tensor], neurons: IntArray) -> dict[str, Tensor]:
         self._model.load_state_dict(before)
-        self.neurons.reset(self._model, neurons, self.how, self._generator)
+        if neurons.size:
+            self.neurons.reset(self._model, neurons, self.how, self._generator)
         state = self._model.state_dict()
         return {name: state[name].clone() for name in before}  # in the order that strategies know
 
@@ -611,6 +674,7 @@ class Defence:
                 "evidence": {str(c): round(e, 6) for c, e in record.evidence.items() if e},
                 "quarantined": record.quarantined,
                 "standings": record.standings,
+                "repaired": record.repaired,
                 "reset": [
                     {
                         "layer": layer,
@@ -629,6 +693,10 @@ class Defence:
 def _fresh(reputation: Reputation) -> Reputation:
     """Return one with the same settings that knows nobody."""
     return replace(reputation, evidence={}, quarantined=frozenset())
+
+
+def _listed(labels: list[int]) -> str:
+    return " and ".join(str(label) for label in labels)
 
 
 def _digest(report: ArrayRecord) -> str:

@@ -193,6 +193,7 @@ class Game:
                 "budget": 0.25,
                 "guard": 1.0,
                 "purify": False,
+                "repair": False,
                 "reputation": Reputation(decay=0.5, enter=1.4, leave=0.4),
                 "audit": self.lines.append,
                 **settings,
@@ -201,6 +202,7 @@ class Game:
         self.strategy.defence.last_round = last_round
         self.records: list[RoundRecord] = []
         self.models: list[Any] = []
+        self.arrays: list[ArrayRecord] = []
 
     def play(self, rounds: int) -> Game:
         """Play the next rounds, or the first ones of a new run."""
@@ -216,6 +218,7 @@ class Game:
         arrays, _ = self.strategy.aggregate_train(server_round, replies)
         assert arrays is not None
         self.models.append(bits(arrays))
+        self.arrays.append(arrays)
         self.records.append(self.strategy.defence.record)
 
     def queries(self) -> dict[int, ConfigRecord]:
@@ -331,6 +334,60 @@ def test_rounds_that_do_not_look_for_triggers_confirm_and_forget_nothing() -> No
     assert resets(game) == [[], [], [], []]
     game = Game(sees(lambda: attack(reset=True), 1, 2), start_round=2, every=2).play(4)
     assert resets(game) == [[], [], [], [PLANTED]]
+
+
+# --- repair ---------------------------------------------------------------------------------------
+
+SUSPECTED = nothing(
+    False,
+    Suspicion(HOSTILE, 1, 0.5, 1.0, alive=False, shift=np.eye(HIDDEN)[PLANTED]),
+)
+MEDIAN_OF = {"0.weight": PLANTED, "0.bias": PLANTED, "3.weight": 1, "3.bias": 1}
+
+
+def model_of(game: Game) -> dict[str, np.ndarray]:
+    return {name: np.array(array.numpy()) for name, array in game.arrays[-1].items()}
+
+
+@pytest.mark.parametrize("found", [SUSPECTED, attack(certified=False)])
+def test_where_a_backdoor_is_spoken_of_the_median_is_aggregated(found: Detection) -> None:
+    game = Game(lambda query, probed: found, attacking_in(range(9)), repair=True).play(1)
+    record = game.records[0]
+    assert record.repaired == [1]
+    assert record.neurons_reset.size == 0
+    assert record.before is not None
+    assert "took the median for class 1" in record.decision
+    assert game.lines[0]["repaired"] == [1]
+    plain = Game(lambda query, probed: found, attacking_in(range(9))).play(1)
+    assert plain.records[0].repaired == []
+    after, before = model_of(game), model_of(plain)
+    sent = [content_of(n, n == HOSTILE).array_records["arrays"] for n in EVERYBODY]
+    for name in after:
+        row = MEDIAN_OF.get(name)
+        if row is None:
+            continue
+        rows = np.stack([np.array(arrays[name].numpy())[row] for arrays in sent])
+        np.testing.assert_allclose(after[name][row], np.median(rows, axis=0), rtol=1e-6)
+        assert name.endswith("bias") or not np.allclose(before[name][row], after[name][row])
+        others = np.arange(len(after[name])) != row
+        assert after[name][others].tobytes() == before[name][others].tobytes()
+
+
+def test_a_repair_that_costs_accuracy_is_not_made() -> None:
+    def report(message: Message) -> list[Message]:
+        asked = message.content.config_records[messages.QUERY]["statistics"]
+        return always_right(message) if asked else honest_answer(message)  # wrong once repaired
+
+    wary = Game(
+        lambda query, probed: SUSPECTED,
+        others=dict.fromkeys(HONEST, answering(report=report)),
+        repair=True,
+        guard=0.02,
+    ).play(1)
+    assert wary.records[0].repaired == []
+    assert wary.records[0].before is None
+    assert "the median alone would have cost" in wary.records[0].decision
+    assert wary.models == Game(lambda query, probed: nothing(False)).play(1).models
 
 
 # --- who is left out ------------------------------------------------------------------------------
