@@ -19,6 +19,7 @@ WEIGHTS = Scene(
     exits=(Part("b.weight", np.array([1])),),
     companions=(Part("a.bias", np.array([0, 2])), Part("b.bias", np.array([1]))),
 )
+LIES = [-1e30, -3.0, 0.0, 0.1, 2.0, 1e30]
 SHAPES = {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (2, 4), "b.bias": (2,)}
 
 
