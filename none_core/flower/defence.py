@@ -417,35 +417,32 @@ class Defence:
         """
         record, reputation = self.record, self._reputation
         excluded = self._excluded
-        scene = self._scene
         expected = [a for a in detection.attacks if a.label in self._recent.expected]
         confirmed = bool(expected)
+        sighting: Scene | None = None
+        certified = any(a.certified for a in expected or detection.attacks)
         if detection.attacks:
             worst = max(expected or detection.attacks, key=lambda attack: attack.strength)
             shapes = {name: shape for name, (_, shape) in self._template.items()}
-            scene = scene_of(self.neurons, detection.shifts[worst.label], worst.label, shapes)
-        apart = self._apart(scene) if scene else []
+            sighting = scene_of(self.neurons, detection.shifts[worst.label], worst.label, shapes)
+        if confirmed:
+            self._scene, self._scene_certified = sighting, certified
+            self._watched_until = record.server_round + self.policy.watch
+        watching = record.server_round <= self._watched_until
+        apart = self._apart(self._scene) if self._scene else []
+        named = [client for client in apart if watching or client in excluded]
         suspected: dict[int, bool] = {}
         for s in detection.suspicions:
             suspected[s.client] = s.certified or suspected.get(s.client, False)
-        certified = self._scene_certified
-        if detection.attacks:
-            certified = any(a.certified for a in detection.attacks)
-        if confirmed:
-            self._scene, self._scene_certified = scene, certified
-            self._watched_until = record.server_round + self.policy.watch
-        watching = confirmed or record.server_round <= self._watched_until
-        named = [client for client in apart if watching or client in excluded]
-        found = weigh(self._nodes, suspected, named, certified)
+        found = weigh(self._nodes, suspected, named, self._scene_certified)
         earlier = self._sighting.named if confirmed else ()
         for client in found.keys() & set(earlier):
             found[client] += reputation.decay
         reputation.update(found)
-        probed = bool(detection.shifts)
-        if probed:
+        if detection.shifts:  # this query looked for triggers
+            pending = self._apart(sighting) if sighting and certified and not watching else []
             sighted = frozenset(a.label for a in detection.attacks)
-            pending = apart if certified and not watching else []
-            self._sighting = _Sighting(sighted, tuple(pending) if sighted else ())
+            self._sighting = _Sighting(sighted, tuple(pending))
         record.named = named
         record.evidence = {client: reputation.evidence[client] for client in sorted(found)}
         if self.quarantine:
