@@ -51,6 +51,8 @@ class Probe:
         image, less for classes that settle early.
     success : float
         Share of the images that a trigger has to turn, in (0, 1].
+    hard : tuple of int
+        Classes to look at as hard as at those with the smallest masks: others found them small.
     watched : tuple of int
         Classes that were attacked a short while ago. For them it is reported what the trigger that
         was found then still does, in place of what a new one does.
@@ -60,6 +62,7 @@ class Probe:
     steps: int = 30
     images: int = 8
     success: float = 0.9
+    hard: tuple[int, ...] = ()
     watched: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -231,8 +234,8 @@ def invert(
 ) -> tuple[Triggers, NDArray[np.bool_]]:
     """Look for the smallest mask and pattern for each class, all classes in the same passes.
 
-    Then once more, harder and from nothing, for the few classes whose masks came out smallest:
-    theirs decide.
+    Then once more, harder and from nothing, for those that decide: the few classes whose masks came
+    out smallest, here or with others.
 
     Parameters
     ----------
@@ -257,16 +260,13 @@ def invert(
     fresh[search.restarted(active[start.known[active]], probe.images)] = True
     search.run(active[fresh[active]], probe.steps, probe.images)
     search.run(active, probe.steps, probe.images)
-    sizes = search.smallest[active]
-    if sizes.isfinite().any():
-        small = active[sizes < _SMALL * sizes[sizes.isfinite()].median()]
-        few = small[search.smallest[small].argsort()[:_FEW]]
-        # What an old trigger shrinks to is often far larger than what is found from the start.
-        anew = search_from(Triggers.unknown(len(search.penalty), inputs[0]))
-        anew.run(few[~fresh[few]], 2 * probe.steps, probe.images)
-        anew.run(few[~fresh[few]], _HARDER * probe.steps, 2 * probe.images)
-        search.run(few[fresh[few]], _HARDER * probe.steps, 2 * probe.images)
-        search.adopt(anew)
+    deciding = torch.unique(torch.cat([search.few(active), active[np.isin(active, probe.hard)]]))
+    # What an old trigger shrinks to is often far larger than what is found from nothing.
+    anew = search_from(Triggers.unknown(len(search.penalty), inputs[0]))
+    anew.run(deciding[~fresh[deciding]], 2 * probe.steps, probe.images)
+    anew.run(deciding[~fresh[deciding]], _HARDER * probe.steps, 2 * probe.images)
+    search.run(deciding[fresh[deciding]], _HARDER * probe.steps, 2 * probe.images)
+    search.adopt(anew)
     known = start.known.clone()
     known[active] = True
     mask, pattern = search.found(active)
@@ -331,6 +331,14 @@ class _Search:
             self.mask[gone], self.pattern[gone] = unknown.mask[gone], unknown.pattern[gone]
         self.penalty[gone] = unknown.penalty[gone]
         return gone
+
+    def few(self, classes: Tensor) -> Tensor:
+        """Name the classes with the smallest masks so far."""
+        sizes = self.smallest[classes]
+        if not sizes.isfinite().any():
+            return classes[:0]
+        small = classes[sizes < _SMALL * sizes[sizes.isfinite()].median()]
+        return small[self.smallest[small].argsort()[:_FEW]]
 
     def adopt(self, other: _Search) -> None:
         """Take over what another search found smaller."""

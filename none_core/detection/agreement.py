@@ -102,6 +102,7 @@ class Agreement(Detector):
             held_back=inverted.held_back[~seen],
             alive=True,
             attacks=inverted.attacks,
+            hints=inverted.hints,
             shifts=inverted.shifts,
             standing=standing,
         )
@@ -117,6 +118,7 @@ class Agreement(Detector):
             blended,
             compromised=blended.compromised[agreed],
             held_back=blended.compromised[~agreed],
+            hints=inverted.hints,
             shifts=inverted.shifts,
             standing=standing,
         )

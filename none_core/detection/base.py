@@ -110,6 +110,8 @@ class Detection:
         hold; None for detectors that do not know.
     attacks : tuple of Attack
         Classes under attack, for detectors that look at classes.
+    hints : dict of int to int
+        For classes that look attacked to some clients, but to too few, to how many.
     shifts : dict of int to ndarray
         For each class that was looked at, how far its trigger moves every neuron, (J,).
     standing : ndarray of int8 or None
@@ -127,6 +129,7 @@ class Detection:
     class_mean: FloatArray | None = None
     class_deviation: FloatArray | None = None
     attacks: tuple[Attack, ...] = ()
+    hints: dict[int, int] = field(default_factory=dict)
     shifts: dict[int, FloatArray] = field(default_factory=dict)
     standing: NDArray[np.int8] | None = None
     held_back: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))

@@ -123,7 +123,7 @@ class Inversion(Detector):
             int(k): np.median([s.shift[k] for s in found if s.probed[k]], axis=0)
             for k in np.flatnonzero(probed.any(0))
         }
-        attacks = self._attacks(found, probed, liars, recent.watched)
+        attacks, hints = self._attacks(found, probed, liars, recent.watched)
         confirmed = [a for a in attacks if a.label in recent.expected]
         scores = np.zeros(len(layer_of))
         for attack in confirmed or attacks:
@@ -142,6 +142,7 @@ class Inversion(Detector):
             held_back=compromised[~certain],
             alive=bool(attacks),
             attacks=attacks,
+            hints=hints,
             shifts=shifts,
             standing=standing,
         )
@@ -152,21 +153,23 @@ class Inversion(Detector):
         probed: NDArray[np.bool_],
         liars: int,
         watched: frozenset[int],
-    ) -> tuple[Attack, ...]:
+    ) -> tuple[tuple[Attack, ...], dict[int, int]]:
         labels = np.flatnonzero(probed.any(0))
         if len(labels) < 3:  # an outlier among two is either of them
-            return ()
+            return (), {}
         size = np.stack([np.where(s.probed, s.size, np.nan) for s in found])[:, labels]
         success = np.stack([np.where(s.probed, s.success, np.nan) for s in found])[:, labels]
         logs = np.log(np.maximum(size.astype(np.float64), _SMALLEST))
         strength, ratio = self._own_view(logs)
         witness = (strength >= self.outlier) & (ratio <= self.ratio) & (success > 0.5)
         typical = np.nanmedian(logs, axis=0)
-        attacks = []
+        attacks, hints = [], {}
         for i, k in enumerate(labels):
             looked = probed[:, k]
             views = success[:, i] >= self.lasting if int(k) in watched else witness[:, i]
             if views[looked].sum() <= most_liars(int(looked.sum())):
+                if witness[looked, i].any():
+                    hints[int(k)] = int(witness[looked, i].sum())
                 continue
             attacks.append(
                 Attack(
@@ -177,7 +180,7 @@ class Inversion(Detector):
                     certified=int(looked.sum()) > 2 * liars,
                 )
             )
-        return tuple(attacks)
+        return tuple(attacks), hints
 
     def _own_view(self, logs: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Judge as each client alone would from its sizes' logarithms, (n, K), NaN if not probed.

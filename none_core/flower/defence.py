@@ -39,6 +39,8 @@ from none_core.repair import FEWEST, repaired, touched
 from none_core.trigger_inversion import Probe
 from none_core.undo import Undo
 
+_FEWEST_HINTING = 2  # clients to whom a class must look attacked for the others to look harder
+_MOST_HINTS = 3  # classes that clients are asked to look harder at, since some of them may lie
 _REPAIRED = 0.2  # share of each layer's neurons that a repair takes the clients' median of
 
 AuditSink = Callable[[dict[str, Any]], None]
@@ -116,10 +118,24 @@ def standing_of(detection: Detection | None, neuron: int) -> Standing:
 
 @dataclass(frozen=True)
 class _Sighting:
-    """What the last probe saw: attacked classes, and clients that stood out and are not named."""
+    """What the last probe saw.
+
+    Attributes
+    ----------
+    labels : frozenset of int
+        Attacked classes.
+    named : tuple of int
+        Clients that stood out there and are not named yet.
+    hints : tuple of int
+        Classes that look attacked to some, those first to whom most say so.
+    news : bool
+        Whether there is one among them that the probe before did not have.
+    """
 
     labels: frozenset[int] = frozenset()
     named: tuple[int, ...] = ()
+    hints: tuple[int, ...] = ()
+    news: bool = False
 
 
 class Defence:
@@ -235,6 +251,7 @@ class Defence:
         self._watched_until = 0  # ... and the last round in which all are compared there
         self._resets = 0  # that this attack has led to
         self._left_over: IntArray = np.empty(0, dtype=np.int64)  # compromised, not reset yet
+        self._spoken_of: frozenset[int] = frozenset()  # classes with a backdoor, some say
         self._trained: dict[int, ArrayRecord] = {}  # this round's admitted models
         self._generator = torch.Generator().manual_seed(seed)
         self._grid: Grid | None = None
@@ -253,7 +270,7 @@ class Defence:
         if server_round == 1:  # a new run knows nothing
             self._filter, self._scene, self._accuracy = None, None, 0.0
             self._sighting, self._watched_until = _Sighting(), 0
-            self._left_over = self._left_over[:0]
+            self._left_over, self._spoken_of = self._left_over[:0], frozenset()
             self._reputation = _fresh(self._fresh_reputation)
         if self.quarantine:  # also in rounds that do not query, or not with success
             self.record.quarantined = sorted(self._reputation.quarantined)
@@ -377,7 +394,8 @@ class Defence:
         due = self.policy.probes(self.record.server_round, self.last_round)
         mature = self._accuracy >= self.policy.min_accuracy
         others = self.spec.statistics - {TRIGGER_SHIFT}
-        if (mature and (due or self._recent.expected)) or not others:
+        called_for = due or self._recent.expected or self._sighting.news
+        if (mature and called_for) or not others:
             return self.spec
         return replace(self.spec, statistics=others)
 
@@ -442,7 +460,12 @@ class Defence:
         if detection.shifts:  # this query looked for triggers
             pending = self._apart(sighting) if sighting and certified and not watching else []
             sighted = frozenset(a.label for a in detection.attacks)
-            self._sighting = _Sighting(sighted, tuple(pending))
+            hints = {k: n for k, n in detection.hints.items() if n >= _FEWEST_HINTING}
+            ranked = sorted(
+                hints, key=lambda k: (-hints[k], (k - record.server_round) % self.spec.labels)
+            )
+            news = not hints.keys() <= set(self._sighting.hints)
+            self._sighting = _Sighting(sighted, tuple(pending), tuple(ranked), news)
         record.named = named
         record.evidence = {client: reputation.evidence[client] for client in sorted(found)}
         if self.quarantine:
@@ -472,7 +495,11 @@ class Defence:
         server_round = self.record.server_round
         probe = None
         if TRIGGER_SHIFT in spec.statistics:
-            probe = replace(self.probe, watched=tuple(sorted(self._recent.watched)))
+            probe = replace(
+                self.probe,
+                hard=self._sighting.hints[:_MOST_HINTS],
+                watched=tuple(sorted(self._recent.watched)),
+            )
         content = messages.query_content(arrays, spec, self.min_count, server_round, probe)
         outgoing = [
             Message(content, node, messages.MESSAGE_TYPE, group_id=str(server_round))
@@ -511,14 +538,15 @@ class Defence:
         return reports
 
     def _scenes(self, detection: Detection) -> list[Scene]:
-        """Find where any backdoor lives that is spoken of, however little that is worth."""
+        """Find where any backdoor lives that is spoken of twice in a row, however uncertain."""
         shifts = {a.label: detection.shifts[a.label] for a in detection.attacks}
         for s in detection.suspicions:
             if s.client not in self._excluded:
                 known = shifts.get(s.label, np.full(len(self.layer_of), -np.inf))
                 shifts[s.label] = np.fmax(known, s.shift)
+        again, self._spoken_of = shifts.keys() & self._spoken_of, frozenset(shifts)
         shapes = {name: shape for name, (_, shape) in self._template.items()}
-        return [scene_of(self.neurons, shifts[k], k, shapes, _REPAIRED) for k in sorted(shifts)]
+        return [scene_of(self.neurons, shifts[k], k, shapes, _REPAIRED) for k in sorted(again)]
 
     def _repaired(self, before: dict[str, Tensor], detection: Detection) -> dict[str, Tensor]:
         """Put the clients' median where a backdoor may live; ``before`` itself if nowhere."""

@@ -51,6 +51,7 @@ def query_content(
         query["probe-steps"] = probe.steps
         query["probe-images"] = probe.images
         query["probe-success"] = probe.success
+        query["probe-hard"] = list(probe.hard)
         query["probe-watched"] = list(probe.watched)
     return RecordDict({MODEL: arrays, QUERY: query})
 
@@ -78,6 +79,7 @@ def read_probe(content: RecordDict) -> Probe | None:
         steps=query["probe-steps"],
         images=query["probe-images"],
         success=query["probe-success"],
+        hard=tuple(query["probe-hard"]),
         watched=tuple(query["probe-watched"]),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -300,6 +301,27 @@ def test_the_query_says_how_hard_to_look() -> None:
     assert query["probe-labels"] == list(range(LABELS))
 
 
+def hinting(hints: dict[int, int], *queries: int) -> Script:
+    def script(query: int, probed: bool) -> Detection:
+        found = nothing(probed)
+        return replace(found, hints=hints) if probed and query in queries else found
+
+    return script
+
+
+def test_a_class_that_some_see_is_looked_at_harder_at_once_but_not_for_ever() -> None:
+    game = Game(hinting({1: 2, 0: 3}, 1, 2, 3), probe_every=5).play(6)
+    assert game.probed() == {1, 2, 6}
+    hard = {number: list(query.get("probe-hard", [])) for number, query in game.queries().items()}
+    assert hard == {1: [], 2: [0, 1], 3: [], 4: [], 5: [], 6: [0, 1]}
+
+
+def test_a_class_that_one_client_alone_sees_is_no_hint() -> None:
+    game = Game(hinting({1: 1}, 1), probe_every=2).play(3)
+    assert game.probed() == {1, 3}
+    assert list(game.queries()[3]["probe-hard"]) == []
+
+
 # --- what confirms an attack ----------------------------------------------------------------------
 
 
@@ -350,16 +372,17 @@ def model_of(game: Game) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("found", [SUSPECTED, attack(certified=False)])
-def test_where_a_backdoor_is_spoken_of_the_median_is_aggregated(found: Detection) -> None:
-    game = Game(lambda query, probed: found, attacking_in(range(9)), repair=True).play(1)
-    record = game.records[0]
+def test_where_a_backdoor_is_spoken_of_twice_the_median_is_aggregated(found: Detection) -> None:
+    game = Game(lambda query, probed: found, attacking_in(range(9)), repair=True).play(2)
+    assert game.records[0].repaired == []
+    record = game.records[1]
     assert record.repaired == [1]
     assert record.neurons_reset.size == 0
     assert record.before is not None
     assert "took the median for class 1" in record.decision
-    assert game.lines[0]["repaired"] == [1]
-    plain = Game(lambda query, probed: found, attacking_in(range(9))).play(1)
-    assert plain.records[0].repaired == []
+    assert [line["repaired"] for line in game.lines] == [[], [1]]
+    plain = Game(lambda query, probed: found, attacking_in(range(9))).play(2)
+    assert plain.records[1].repaired == []
     after, before = model_of(game), model_of(plain)
     sent = [content_of(n, n == HOSTILE).array_records["arrays"] for n in EVERYBODY]
     for name in after:
@@ -383,11 +406,19 @@ def test_a_repair_that_costs_accuracy_is_not_made() -> None:
         others=dict.fromkeys(HONEST, answering(report=report)),
         repair=True,
         guard=0.02,
-    ).play(1)
-    assert wary.records[0].repaired == []
-    assert wary.records[0].before is None
-    assert "the median alone would have cost" in wary.records[0].decision
-    assert wary.models == Game(lambda query, probed: nothing(False)).play(1).models
+    ).play(2)
+    assert wary.records[1].repaired == []
+    assert wary.records[1].before is None
+    assert "the median alone would have cost" in wary.records[1].decision
+    assert wary.models == Game(lambda query, probed: nothing(False)).play(2).models
+
+
+def test_a_class_that_is_spoken_of_now_and_then_is_no_reason_to_repair() -> None:
+    def now_and_then(query: int, probed: bool) -> Detection:
+        return SUSPECTED if query % 2 else nothing(False)
+
+    game = Game(now_and_then, attacking_in(range(9)), repair=True).play(5)
+    assert [record.repaired for record in game.records] == [[]] * 5
 
 
 # --- who is left out ------------------------------------------------------------------------------
