@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks report|detect|round|stealth|all``."""
+"""The command line: ``python -m benchmarks report|detect|round|probes|stealth|all``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ COSTS = ("report", "detect", "round")  # what "all" runs
 def main(argv: Sequence[str] | None = None) -> int:
     """Run benchmarks; a missed bar is shown, and is not an error."""
     arguments = _parser().parse_args(argv)
-    from benchmarks import detection, reports, rounds, stealth
+    from benchmarks import detection, probes, reports, rounds, stealth
 
     benchmarks = {
         "report": lambda: reports.run(arguments.data_root),
         "detect": lambda: detection.run(arguments.clients),
         "round": lambda: rounds.run(arguments.data_root),
+        "probes": lambda: probes.run(arguments.data_root),
         "stealth": lambda: stealth.run(arguments.data_root, arguments.penalties),
     }
     alone = arguments.name != "all"
@@ -40,10 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "name",
-        choices=(*COSTS, "stealth", "all"),
+        choices=(*COSTS, "probes", "stealth", "all"),
         help="report: building a report against a bare forward pass; detect: reading reports and "
         "detection on one core; round: a defended round against plain federated averaging; "
-        "all: these three; stealth: how near to honest updates the attack `adaptive` stays",
+        "all: these three; probes: how well trigger inversion sees for its cost; "
+        "stealth: how near to honest updates the attack `adaptive` stays",
     )
     parser.add_argument("--data-root", type=Path, help="folder that holds the data sets")
     parser.add_argument(

@@ -97,7 +97,7 @@ def federate(clients: Sequence[Settings], data_root: Path | None) -> Run:
     target, shown = one.attack.target, one.trigger.whole()
     others = loaded.test_images[loaded.test_labels != target][:SHOWN]
     images = others, stamp(others, shown)
-    state = _start(one)
+    state = start(one)
     scores, apart = [], []
     rounds = range(1, one.experiment.rounds + 1)
     for server_round in track(rounds, one.experiment.name, console=Console(stderr=True)):
@@ -118,7 +118,8 @@ def federate(clients: Sequence[Settings], data_root: Path | None) -> Run:
     )
 
 
-def _start(one: Settings) -> State:
+def start(one: Settings) -> State:
+    """Return the initial model."""
     task, seed = one.task, one.experiment.seed
     shape, classes = data.SHAPES[task.dataset], data.CLASSES[task.dataset]
     return models.build(task.model_name, shape, classes, seed).state_dict()

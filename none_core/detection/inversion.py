@@ -7,7 +7,7 @@ by the clients (:mod:`none_core.trigger_inversion`) and pooled so that a minorit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -157,42 +157,61 @@ class Inversion(Detector):
         labels = np.flatnonzero(probed.any(0))
         if len(labels) < 3:  # an outlier among two is either of them
             return (), {}
-        size = np.stack([np.where(s.probed, s.size, np.nan) for s in found])[:, labels]
-        success = np.stack([np.where(s.probed, s.success, np.nan) for s in found])[:, labels]
-        logs = np.log(np.maximum(size.astype(np.float64), _SMALLEST))
-        strength, ratio = self._own_view(logs)
-        witness = (strength >= self.outlier) & (ratio <= self.ratio) & (success > 0.5)
-        typical = np.nanmedian(logs, axis=0)
-        attacks, hints = [], {}
+        strength, witness = self.own_views(found)
+        success = np.stack([s.success for s in found])
+        typical = np.nanmedian(_log_sizes(found)[:, labels], axis=0)
+        attacks: list[Attack] = []
+        hints: dict[int, int] = {}
+        attacks: list[Attack] = []
+        hints: dict[int, int] = {}
         for i, k in enumerate(labels):
             looked = probed[:, k]
-            views = success[:, i] >= self.lasting if int(k) in watched else witness[:, i]
+            views = success[:, k] >= self.lasting if int(k) in watched else witness[:, k]
             if views[looked].sum() <= most_liars(int(looked.sum())):
-                if witness[looked, i].any():
-                    hints[int(k)] = int(witness[looked, i].sum())
+                if witness[:, k].any():
+                    hints[int(k)] = int(witness[:, k].sum())
                 continue
             attacks.append(
                 Attack(
                     label=int(k),
                     size=float(np.exp(typical[i])),
                     usual=float(np.exp(np.median(typical))),
-                    strength=float(np.median(strength[looked, i])),
+                    strength=float(np.median(strength[looked, k])),
                     certified=int(looked.sum()) > 2 * liars,
                 )
             )
         return tuple(attacks), hints
 
-    def _own_view(self, logs: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Judge as each client alone would from its sizes' logarithms, (n, K), NaN if not probed.
+    def own_views(self, found: Sequence[Summary]) -> tuple[FloatArray, NDArray[np.bool_]]:
+        """Judge as each client alone would.
 
-        Robust standard deviations below its median class, and size relative to that; one that
-        probed fewer than three classes says nothing.
+        Parameters
+        ----------
+        found : sequence of Summary
+            Each of at least one class.
+
+        Returns
+        -------
+        tuple of ndarray
+            How many robust standard deviations each class's size is below the client's median
+            class, (n, K), NaN for what it did not probe; and whether it calls the class attacked,
+            (n, K). One that probed fewer than three classes says nothing.
         """
+        probed, logs = np.stack([s.probed for s in found]), _log_sizes(found)
         centre = np.nanmedian(logs, axis=1, keepdims=True)
         deviation = MAD_TO_SIGMA * np.nanmedian(np.abs(logs - centre), axis=1, keepdims=True)
         strength = (centre - logs) / np.maximum(deviation, self.spread)
-        strength[np.isfinite(logs).sum(1) < 3] = -np.inf
-        return strength, np.exp(logs - centre)
+        strength[(probed.sum(1) < 3)[:, None] & probed] = -np.inf
+        small = logs - centre <= np.log(self.ratio)
+        works = np.stack([s.success for s in found]) > 0.5
+        return strength, probed & (strength >= self.outlier) & small & works
+
+
+def _log_sizes(found: Sequence[Summary]) -> FloatArray:
+    """Logarithms of the sizes, (n, K), NaN for what was not probed."""
+    size = np.stack([np.where(s.probed, s.size, np.nan) for s in found])
+    logs: FloatArray = np.log(np.maximum(size.astype(np.float64), _SMALLEST))
+    return logs
 
 
 def _lowest_of_each_layer(scores: FloatArray, chosen: IntArray, layer_of: IntArray) -> FloatArray:

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import detection, reports, rounds, stealth
+from benchmarks import detection, probes, reports, rounds, stealth
 from benchmarks.outcome import Bar, Outcome, Row
+from none_core.trigger_inversion import Finding, Triggers
 
 
 def written(outcome: Outcome, folder: Path) -> dict[str, Any]:
@@ -139,3 +141,29 @@ def test_command_writes_where_it_is_told(
 
     file = tmp_path / out if out.endswith(".json") else tmp_path / out / "detect.json"
     assert json.loads(file.read_text())["holds"] is True
+
+
+def test_probes_are_judged_by_cost(tmp_path: Path) -> None:
+    small = ("experiment.clients=3", "attack.malicious=1", "train.local_epochs=1")
+    outcome = probes.run(None, costs=((2, 2), (3, 2)), rounds=4, overrides=small)
+
+    content = written(outcome, tmp_path)
+    assert [row["case"] for row in content["rows"]] == ["2 x 2", "3 x 2"]
+    for row in content["rows"]:
+        assert row["figures"]["s"] > 0
+        assert 0 <= row["figures"]["false"] <= 1
+        assert len(row["samples"]["s"]) == 2 * 2  # honest clients, probed rounds
+
+
+def test_a_probe_is_judged_as_the_detector_does() -> None:
+    size = np.array([0.1, 0.11, 0.005, 0.09])
+    found = Finding(
+        size,
+        np.ones(4),
+        np.zeros((4, 3)),
+        np.ones(4, dtype=bool),
+        Triggers.unknown(4, torch.zeros(1, 2, 2)),
+    )
+    strength, attacked = probes.judged(found)
+    assert attacked.tolist() == [False, False, True, False]
+    assert strength[2] > 10
