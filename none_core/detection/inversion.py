@@ -162,8 +162,6 @@ class Inversion(Detector):
         typical = np.nanmedian(_log_sizes(found)[:, labels], axis=0)
         attacks: list[Attack] = []
         hints: dict[int, int] = {}
-        attacks: list[Attack] = []
-        hints: dict[int, int] = {}
         for i, k in enumerate(labels):
             looked = probed[:, k]
             views = success[:, k] >= self.lasting if int(k) in watched else witness[:, k]
