@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -190,6 +191,41 @@ def finish(decision: Decision, left_over: IntArray, layer_of: IntArray, policy: 
     scores[left_over] = -np.arange(len(left_over), dtype=np.float64)
     neurons = worst_of_each_layer(scores, layer_of, max(policy.budget, policy.certified_budget))
     return Decision(neurons, f"{decision.reason}, but {len(left_over)} neurons are left to reset")
+
+
+_OWN_VIEW = 3  # classes without which a client cannot tell an outlier
+
+
+def share_out(
+    labels: Sequence[int], clients: Sequence[int], each: int, turn: int = 0
+) -> dict[int, tuple[int, ...]]:
+    """Share the work of looking for triggers out among the clients.
+
+    Parameters
+    ----------
+    labels : sequence of int
+        Classes, K >= 1.
+    clients : sequence of int
+        n >= 1.
+    each : int
+        Clients that look at each class, at least; with 2f + 1 of them f liars cannot outvote the
+        others. More if otherwise some client had fewer than three classes to compare.
+    turn : int
+        Another number gives the classes to other clients.
+
+    Returns
+    -------
+    dict of client to tuple of int
+        The classes of each, ascending; their numbers differ by at most one.
+    """
+    number = len(clients)
+    each = min(number, max(each, math.ceil(_OWN_VIEW * number / len(labels))))
+    shares: dict[int, list[int]] = {client: [] for client in clients}
+    places = itertools.cycle([*clients[turn % number :], *clients[: turn % number]])
+    for label in labels:
+        for client in itertools.islice(places, each):
+            shares[client].append(label)
+    return {client: tuple(sorted(mine)) for client, mine in shares.items()}
 
 
 def accuracy_loss(before: Mapping[int, float], after: Mapping[int, float]) -> float:

@@ -56,6 +56,9 @@ class DefenseConfig(Section):
     )
     probe_steps: int = Field(30, ge=1, description="Optimiser steps of a client's trigger search.")
     probe_images: int = Field(8, ge=1, description="Images per class in each of these steps.")
+    share_probes: bool = Field(
+        False, description="Have each class looked at by 2 * liars + 1 clients only, in turn."
+    )
     min_count: int = Field(5, ge=1, description="Labels with fewer local samples go unreported.")
     trim_beta: float = Field(
         0.4, ge=0, lt=0.5, description="Share that trimmed averaging drops on either side."

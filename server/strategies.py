@@ -111,6 +111,7 @@ def build(
                 probe_every=config.probe_every,
                 probe_steps=config.probe_steps,
                 probe_images=config.probe_images,
+                share_probes=config.share_probes,
                 min_count=config.min_count,
                 timeout=config.timeout,
                 seed=seed,

@@ -18,15 +18,8 @@ READS: dict[str, frozenset[str]] = {
     "none-strategy": frozenset(
         (
             *("detector", "reset", "every", "start_round", "budget", "quorum", "guard", "filter"),
-            *(
-                "min_count",
-                "repair",
-                "quarantine",
-                "liars",
-                "probe_every",
-                "probe_steps",
-                "probe_images",
-            ),
+            *("min_count", "repair", "quarantine", "liars"),
+            *("probe_every", "probe_steps", "probe_images", "share_probes"),
         )
     ),
     "fedmedian": frozenset(),

@@ -26,6 +26,7 @@ from none_core.decision import (
     decide,
     finish,
     halve,
+    share_out,
     weigh,
 )
 from none_core.detection import DETECTORS, Detection, Detector, Standing
@@ -33,6 +34,7 @@ from none_core.detection.base import IntArray, Recent
 from none_core.flower import messages
 from none_core.flower.validation import Template, admit, template_of
 from none_core.neurons import HOWS, NeuronMap
+from none_core.order_statistics import most_liars
 from none_core.purification import SampleFilter, build_filter
 from none_core.refusal import Refusal
 from none_core.repair import FEWEST, repaired, touched
@@ -169,6 +171,9 @@ class Defence:
         may be.
     probe_steps, probe_images : int
         Cost of a client's trigger inversion, for detectors that ask for one.
+    share_probes : bool
+        Have each class looked at by 2f + 1 clients only, ``f`` being ``liars``, in turn: cheaper if
+        that is known and small.
     min_count : int
         Clients leave labels with fewer samples out of their reports.
     timeout : float
@@ -203,6 +208,7 @@ class Defence:
         liars: int | None = None,
         probe_steps: int = 30,
         probe_images: int = 8,
+        share_probes: bool = False,
         min_count: int = 5,
         timeout: float = 600.0,
         max_samples: int = 10_000_000,
@@ -229,6 +235,7 @@ class Defence:
         self.detector, self.how, self.policy = detector, reset, policy or Policy()
         self.purify, self.purify_threshold = purify, purify_threshold
         self.repair, self.quarantine, self.liars = repair, quarantine, liars
+        self.share_probes = share_probes
         self.min_count, self.timeout = min_count, timeout
         self.max_samples, self.max_weight_ratio = max_samples, max_weight_ratio
         self.audit = audit
@@ -493,16 +500,16 @@ class Defence:
         """Ask this round's participants; summary, accuracy and digest of each valid report."""
         assert self._grid is not None
         server_round = self.record.server_round
-        probe = None
-        if TRIGGER_SHIFT in spec.statistics:
-            probe = replace(
-                self.probe,
-                hard=self._sighting.hints[:_MOST_HINTS],
-                watched=tuple(sorted(self._recent.watched)),
-            )
-        content = messages.query_content(arrays, spec, self.min_count, server_round, probe)
+        probes = self._probes() if TRIGGER_SHIFT in spec.statistics else {}
         outgoing = [
-            Message(content, node, messages.MESSAGE_TYPE, group_id=str(server_round))
+            Message(
+                messages.query_content(
+                    arrays, spec, self.min_count, server_round, probes.get(node)
+                ),
+                node,
+                messages.MESSAGE_TYPE,
+                group_id=str(server_round),
+            )
             for node in self._nodes
         ]
         reports: dict[int, tuple[Any, float, str]] = {}
@@ -560,6 +567,20 @@ class Defence:
             for arrays in trained
         ]
         return repaired(before, states, scenes)
+
+    def _probes(self) -> dict[int, Probe]:
+        """Choose what each of this round's participants looks for."""
+        hard, watched = self._sighting.hints[:_MOST_HINTS], tuple(sorted(self._recent.watched))
+        probe = replace(self.probe, hard=hard, watched=watched)
+        if not self.share_probes:
+            return dict.fromkeys(self._nodes, probe)
+        each = 2 * most_liars(len(self._nodes), self.liars) + 1
+        shares = share_out(probe.labels, self._nodes, each, self.record.server_round)
+        everybody = {*hard, *watched, *self._recent.expected}
+        return {
+            node: replace(probe, labels=tuple(sorted(everybody.union(mine))))
+            for node, mine in shares.items()
+        }
 
     def _guarded(
         self,

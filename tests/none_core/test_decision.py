@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from none_core.decision import Policy, Reputation, accuracy_loss, decide, halve, weigh
+from none_core.decision import Policy, Reputation, accuracy_loss, decide, halve, share_out, weigh
 from none_core.detection import Attack, Detection, Suspicion
 
 LAYER_OF = np.repeat([0, 1, 2], [4, 10, 25])
@@ -203,6 +203,32 @@ def test_halving_ends() -> None:
         neurons, rounds = halve(neurons, LAYER_OF), rounds + 1
         assert len(neurons) <= before // 2
     assert rounds <= 6
+
+
+# --- sharing out ----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 12), st.integers(1, 15), st.integers(1, 20), st.integers(0, 30))
+def test_every_class_is_looked_at_by_enough_and_everybody_does_as_much(
+    labels: int, clients: int, each: int, turn: int
+) -> None:
+    shares = share_out(range(labels), range(100, 100 + clients), each, turn)
+    assert list(shares) == list(range(100, 100 + clients))
+    loads = [len(mine) for mine in shares.values()]
+    assert max(loads) - min(loads) <= 1
+    assert min(loads) >= min(3, labels)
+    for label in range(labels):
+        assert sum(label in mine for mine in shares.values()) >= min(each, clients)
+    assert all(list(mine) == sorted(set(mine)) for mine in shares.values())
+
+
+def test_other_clients_look_when_it_is_another_turn() -> None:
+    looking = [
+        [c for c, mine in share_out(range(10), range(10), 3, turn).items() if 0 in mine]
+        for turn in range(10)
+    ]
+    assert looking[0] == [0, 1, 2]
+    assert {client for clients in looking for client in clients} == set(range(10))
 
 
 # --- evidence -------------------------------------------------------------------------------------

@@ -316,6 +316,24 @@ def test_a_class_that_some_see_is_looked_at_harder_at_once_but_not_for_ever() ->
     assert hard == {1: [], 2: [0, 1], 3: [], 4: [], 5: [], 6: [0, 1]}
 
 
+def test_shared_out_every_class_goes_to_enough_clients_and_those_that_matter_to_all() -> None:
+    # Three classes are the fewest that a client can compare, so that here nothing is saved ...
+    game = Game(sees(attack), share_probes=True, liars=1).play(1)
+    asked = [
+        message.content.config_records[messages.QUERY]["probe-labels"]
+        for message in game.grid.sent
+        if message.metadata.message_type == messages.MESSAGE_TYPE
+    ]
+    assert asked == [list(range(LABELS))] * 5
+    # ... and with more of them it is.
+    game.strategy.defence.probe = replace(game.strategy.defence.probe, labels=tuple(range(10)))
+    game.strategy.defence._sighting = replace(game.strategy.defence._sighting, hints=(4,))
+    shares = {node: probe.labels for node, probe in game.strategy.defence._probes().items()}
+    for label in range(10):
+        looking = sum(label in mine for mine in shares.values())
+        assert looking == (5 if label == 4 else 3)
+
+
 def test_a_class_that_one_client_alone_sees_is_no_hint() -> None:
     game = Game(hinting({1: 1}, 1), probe_every=2).play(3)
     assert game.probed() == {1, 3}
