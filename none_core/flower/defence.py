@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from none_core.activations import TRIGGER_SHIFT, ReportSpec
-from none_core.attribution import Scene, distances, scene_of
+from none_core.attribution import Part, Scene, distances, scene_of
 from none_core.decision import (
     Decision,
     Policy,
@@ -36,6 +36,7 @@ from none_core.neurons import HOWS, NeuronMap
 from none_core.purification import SampleFilter, build_filter
 from none_core.refusal import Refusal
 from none_core.repair import FEWEST, repaired, touched
+from none_core.snapshot import SnapshotError, plain, restored
 from none_core.trigger_inversion import Probe
 from none_core.undo import Undo
 
@@ -136,6 +137,16 @@ class _Sighting:
     named: tuple[int, ...] = ()
     hints: tuple[int, ...] = ()
     news: bool = False
+
+
+# What a defence knows at the end of a round and needs in the next. Everything else that it keeps is
+# a setting, or of one round only.
+_SURVIVES = (
+    *("_reputation", "_accuracy", "_sighting", "_generator"),
+    *("_scene", "_scene_certified", "_watched_until", "_resets"),
+    *("_filter", "_filter_undo", "_filter_suspicions", "_left_over", "_spoken_of"),
+)
+_CLASSES = (Reputation, Scene, Part, _Sighting, SampleFilter, Undo)
 
 
 class Defence:
@@ -259,6 +270,31 @@ class Defence:
         self._template: Template = {}
         self._filter: SampleFilter | None = None
         self._filter_undo = Undo({}, {})
+        self._filter_suspicions: dict[int, set[int]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next round needs of the ones before, as a tree of plain values.
+
+        Taken after a round and given to :meth:`load_state_dict` of a defence with the same
+        settings, in whatever process, that one goes on as this one would have.
+        ``none_core.snapshot`` writes it to a file and reads it.
+        """
+        return {name: plain(getattr(self, name), _CLASSES) for name in _SURVIVES}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another defence was.
+
+        Raises
+        ------
+        SnapshotError
+            If this is not the state of a defence.
+        """
+        if state.keys() != set(_SURVIVES):
+            differing = sorted(state.keys() ^ set(_SURVIVES))
+            raise SnapshotError(f"this is not what a defence keeps: {differing} differ")
+        values = {name: restored(state[name], _CLASSES) for name in _SURVIVES}
+        for name, value in values.items():
+            setattr(self, name, value)
 
     # --- the three moments of a round, in the order in which a strategy meets them ---------------
 
@@ -657,7 +693,7 @@ class Defence:
         record, detection = self.record, self.record.detection
         record.decision = decision
         suspicions = detection.suspicions if detection else ()
-        self._filter_suspicions: dict[int, set[int]] = {}
+        self._filter_suspicions = {}
         for suspicion in suspicions:
             self._filter_suspicions.setdefault(suspicion.client, set()).add(suspicion.label)
         log(INFO, "NONE round %s: %s", record.server_round, decision)
