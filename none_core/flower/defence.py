@@ -37,6 +37,7 @@ from none_core.purification import SampleFilter, build_filter
 from none_core.refusal import Refusal
 from none_core.repair import FEWEST, repaired, touched
 from none_core.snapshot import SnapshotError, plain, restored
+from none_core.trail import digest_of_model
 from none_core.trigger_inversion import Probe
 from none_core.undo import Undo
 
@@ -66,6 +67,8 @@ class RoundRecord:
         Samples that each client says it dropped before training.
     repaired : list of int
         Classes for whose backdoor weights were aggregated by the clients' median, ascending.
+    repaired_rows : dict of str to ndarray of int64
+        Rows of the model's tensors that were, or would have been if that had not cost too much.
     neurons_reset : ndarray of int64
         Flat indices, the worst first.
     detection : Detection or None
@@ -87,6 +90,7 @@ class RoundRecord:
     missing: int = 0
     purified: dict[int, int] = field(default_factory=dict)
     repaired: list[int] = field(default_factory=list)
+    repaired_rows: dict[str, IntArray] = field(default_factory=dict)
     neurons_reset: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     detection: Detection | None = None
     named: list[int] = field(default_factory=list)
@@ -195,7 +199,7 @@ class Defence:
     seed : int
         For ``reset="init"``.
     audit : callable, optional
-        Called with one JSON-ready dict per decision.
+        Called with one JSON-ready dict per decision; a ``none_core.trail.Trail``, say.
     """
 
     def __init__(
@@ -357,7 +361,7 @@ class Defence:
                 f"{self.record.asked} asked, quorum is {needed}"
             )
             log(WARNING, "NONE round %s: %s", server_round, decision)
-            self._close(decision)
+            self._close(decision, arrays, arrays)
             return arrays
         detection = self._detect({client: summary for client, (summary, _, _) in reports.items()})
         self.record.detection = detection
@@ -369,7 +373,7 @@ class Defence:
         )
         if not planned.neurons.size and self._accuracy >= self.policy.min_accuracy:
             planned = finish(planned, self._left_over, self.layer_of, self.policy)
-        before = messages.state_of(arrays)
+        before, aggregated = messages.state_of(arrays), arrays
         after, neurons, decision = self._guarded(
             before, self._repaired(before, detection), planned, accuracy
         )
@@ -387,7 +391,8 @@ class Defence:
         if self.purify:
             self._filter = build_filter(detection, self.layer_of)
             self._filter_undo = Undo.between(before, after)
-        self._close(decision, {client: digest for client, (_, _, digest) in reports.items()})
+        digests = {client: digest for client, (_, _, digest) in reports.items()}
+        self._close(decision, aggregated, arrays, digests)
         return arrays
 
     def skipped(self) -> None:
@@ -591,6 +596,7 @@ class Defence:
         if not scenes or len(trained) < FEWEST:
             return before
         self.record.repaired = [scene.label for scene in scenes]
+        self.record.repaired_rows = touched(scenes)
         states = [
             {n: messages.read_array(arrays[n], *self._template[n]) for n in touched(scenes)}
             for arrays in trained
@@ -689,7 +695,13 @@ class Defence:
             log(WARNING, "NONE round %s: %s", self.record.server_round, refusal)
         self.record.refused += refused
 
-    def _close(self, decision: str, digests: dict[int, str] | None = None) -> None:
+    def _close(
+        self,
+        decision: str,
+        aggregated: ArrayRecord | None = None,
+        released: ArrayRecord | None = None,
+        digests: dict[int, str] | None = None,
+    ) -> None:
         record, detection = self.record, self.record.detection
         record.decision = decision
         suspicions = detection.suspicions if detection else ()
@@ -736,17 +748,25 @@ class Defence:
                 "quarantined": record.quarantined,
                 "standings": record.standings,
                 "repaired": record.repaired,
+                "repaired_rows": {
+                    name: rows.tolist()
+                    for name, rows in record.repaired_rows.items()
+                    if record.repaired
+                },
                 "reset": [
                     {
                         "layer": layer,
                         "neuron": channel,
                         "score": round(float(scores[j]), 6),
                         "standing": standing_of(detection, int(j)).name.lower(),
+                        "rows": self.neurons.rows(self._model, int(j)),
                     }
                     for (layer, channel), j in zip(names, record.neurons_reset, strict=True)
                 ],
                 "budget": self.policy.budget,
                 "how": self.how,
+                "aggregated": _model_digest(aggregated),
+                "released": _model_digest(released),
             }
         )
 
@@ -758,6 +778,10 @@ def _fresh(reputation: Reputation) -> Reputation:
 
 def _listed(labels: list[int]) -> str:
     return " and ".join(str(label) for label in labels)
+
+
+def _model_digest(arrays: ArrayRecord | None) -> str | None:
+    return None if arrays is None else digest_of_model(messages.state_of(arrays))
 
 
 def _digest(report: ArrayRecord) -> str:
