@@ -3,7 +3,7 @@
 A round counts once it is kept; the one in progress is repeated. Server, around any strategy::
 
     file = Path("resume.npz")
-    done, arrays = recall(file, strategy)[:2] if file.exists() else (0, initial_arrays)
+    done, arrays = recall(file, strategy)[:2] if file.exists() else (None, initial_arrays)
 
     def evaluate_fn(server_round, arrays):  # Flower calls it after every round
         keep(file, strategy, server_round, arrays)
@@ -113,13 +113,14 @@ class Continued(Strategy):
     Parameters
     ----------
     strategy : Strategy
-    done : int
-        Complete rounds; with 0 it is the whole run.
+    done : int or None
+        Complete rounds, 0 if the initial model was kept and no more; None for a new run.
     """
 
-    def __init__(self, strategy: Strategy, done: int) -> None:
+    def __init__(self, strategy: Strategy, done: int | None) -> None:
         super().__init__()
-        self.strategy, self.done = strategy, done
+        self.strategy, self.done = strategy, done or 0
+        self._is_new = done is None
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -147,7 +148,7 @@ class Continued(Strategy):
 
     def summary(self) -> None:
         """Log where it goes on, and the settings."""
-        if self.done:
+        if not self._is_new:
             log(INFO, "\t├──> Resumed after round %s, which Flower will call 0", self.done)
         self.strategy.summary()
 
@@ -163,15 +164,16 @@ class Continued(Strategy):
     ) -> Result:
         """Run the rounds that are left, up to ``num_rounds``; see ``Strategy.start``.
 
-        ``initial_arrays`` is the model that the last complete round released. It is given to
-        ``evaluate_fn`` only if that is the initial one, since the others were before.
+        ``initial_arrays`` is the model that the last complete round released; ``evaluate_fn`` gets
+        it in a new run alone, since it had it before.
         """
         _announce_last_round(self.strategy, num_rounds)
 
         def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             assert evaluate_fn is not None
-            repeated = self.done and not server_round
-            return None if repeated else evaluate_fn(server_round + self.done, arrays)
+            if not (server_round or self._is_new):
+                return None
+            return evaluate_fn(server_round + self.done, arrays)
 
         result = super().start(
             grid,

@@ -118,12 +118,13 @@ class Run:
         random.seed(99)
         np.random.seed(98)  # noqa: NPY002
         torch.manual_seed(97)
-        done, arrays = 0, record_of(toy_model().state_dict())
+        done, arrays = None, record_of(toy_model().state_dict())
         if self.file.exists():
             done, arrays, more = recall(self.file, strategy)
             assert more == {"note": done}
 
         def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            assert server_round or done is None
             self.models[server_round] = {n: np.array(a.numpy()) for n, a in arrays.items()}
             if stop("before keeping", server_round):
                 raise StoppedError
@@ -135,7 +136,7 @@ class Run:
         self.grid.stop = stop
         continued = Continued(strategy, done)
         result = continued.start(self.grid, arrays, num_rounds=ROUNDS, evaluate_fn=evaluated)
-        first = done + 1 if done else 0
+        first = 0 if done is None else done + 1
         assert list(result.evaluate_metrics_serverapp) == list(range(first, ROUNDS + 1))
         return strategy
 
@@ -163,6 +164,7 @@ def assert_same(one: Run, other: Run) -> None:
 
 MOMENTS = [
     ("before keeping", 0),
+    ("after keeping", 0),
     ("query.activations", 1),
     ("before keeping", 2),
     ("after keeping", 2),
