@@ -39,15 +39,16 @@ def run(output: Path, stop: tuple[str, int] | None = None, **sections: Any) -> N
     """Run or resume; raise in this phase of this round, as if the process was killed."""
     resume = (output / "resume.npz").exists()
     defense = {"probe_steps": 2, "probe_every": 2, "min_count": 1} | sections.pop("defense", {})
+    checkpoints, images = sections.pop("checkpoints", True), sections.pop("train_images", 400)
     experiment = {"name": "t", "clients": CLIENTS, "rounds": ROUNDS, "seed": SEED} | sections
     run_config = to_run_config(
         {
             "experiment": ExperimentConfig(**experiment, resume=resume),
-            "task": TaskConfig(train_images=400),
+            "task": TaskConfig(train_images=images),
             "train": TrainConfig(local_epochs=1),
             "attack": AttackConfig(name="dba", malicious=1),
             "defense": DefenseConfig(**defense),
-            "run": RunConfig(output=str(output)),
+            "run": RunConfig(output=str(output), checkpoints=checkpoints),
         }
     )
     server_app = ServerApp()
@@ -60,8 +61,8 @@ def run(output: Path, stop: tuple[str, int] | None = None, **sections: Any) -> N
         server_app,
         client_app,
         run_config,
-        clients=CLIENTS,
-        seed=SEED,
+        clients=experiment["clients"],
+        seed=experiment["seed"],
         workers=1,
         nodes=output / "nodes",
     )
@@ -112,9 +113,9 @@ def decisions(output: Path) -> list[dict[str, Any]]:
     ]
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, rounds: int = ROUNDS) -> None:
     assert (one / "history.json").read_bytes() == (other / "history.json").read_bytes()
-    names = ["model.pt", *(f"checkpoints/round-{r:04d}.pt" for r in range(ROUNDS + 1))]
+    names = ["model.pt", *(f"checkpoints/round-{r:04d}.pt" for r in range(rounds + 1))]
     for name in names:
         first, second = (torch.load(p / name, weights_only=True) for p in (one, other))
         assert all(torch.equal(first[key], second[key]) for key in first)
