@@ -4,9 +4,9 @@
     python -m none_core.audit undo results/run/audit.jsonl --round 7
 
 Verifying checks the chain and the signature, that the checkpoints beside the trail are the models
-that were released, and that a reset explains all by which a released model differs from the
-aggregated one. A trail proves as much as its key: whoever holds the private one can write another.
-``--key`` names a public key that you got elsewhere than beside the trail.
+that were released, and that a round's resets and repairs explain all by which the released model
+differs from the aggregated one. A trail proves as much as its key: whoever holds the private one
+can write another. ``--key`` names a public key that you got elsewhere than beside the trail.
 
 Exit status: 0 intact, 1 altered, 2 unreadable, 3 unsigned, as a run leaves it that was killed.
 """
@@ -98,7 +98,7 @@ def verify(file: Path, key: Path | None = None) -> Verdict:
     last = max(verdict.rounds, default=0)
     verdict.reason = (
         f"{len(records)} records up to round {last}, {checked} checkpoints are the models that "
-        f"were released, {explained} resets explain what differs from the aggregated ones"
+        f"were released, {explained} times resets or repairs explain how the aggregated one differs"
     )
     if records[-1]["kind"] == CLOSED and not torn:
         verdict.reason = f"intact and signed: {verdict.reason}"
@@ -117,10 +117,10 @@ def undo(file: Path, server_round: int, out: Path, key: Path | None = None) -> V
     if verdict.status in (ALTERED, UNREADABLE):
         return verdict
     record = verdict.rounds.get(server_round, {}).get(ROUND, {})
-    if not record.get("reset"):
-        resets = [n for n, found in verdict.rounds.items() if found.get(ROUND, {}).get("reset")]
-        known = f"rounds {', '.join(map(str, resets))} did" if resets else "no round did"
-        return Verdict(UNREADABLE, f"round {server_round} reset nothing: {known}")
+    if not _changes(record):
+        those = [n for n, found in verdict.rounds.items() if _changes(found.get(ROUND, {}))]
+        known = f"rounds {', '.join(map(str, those))} did" if those else "no round did"
+        return Verdict(UNREADABLE, f"round {server_round} changed nothing: {known}")
     missing = [p for p in _files(file, server_round) if not p.exists()]
     if missing:
         return Verdict(UNREADABLE, f"{missing[0]} is not there any more")
@@ -129,8 +129,15 @@ def undo(file: Path, server_round: int, out: Path, key: Path | None = None) -> V
         files.replace(out, lambda stream: torch.save(before, stream))
     except OSError as error:
         return Verdict(UNREADABLE, f"cannot write {out}: {error.strerror}")
-    names = ", ".join(f"{r['layer']}:{r['neuron']}" for r in record["reset"])
+    names = ", ".join(f"{r['layer']}:{r['neuron']}" for r in record["reset"]) or "nothing"
+    if record.get("repaired_rows"):
+        names += f", and repaired rows of {', '.join(record['repaired_rows'])}"
     return Verdict(INTACT, f"{out} is the model before round {server_round} reset {names}")
+
+
+def _changes(record: Record) -> bool:
+    """Whether a round says that it changed the aggregated model."""
+    return bool(record.get("reset") or record.get("repaired_rows"))
 
 
 def _rounds_that_count(records: Sequence[Record]) -> dict[int, dict[str, Record]]:
@@ -182,14 +189,14 @@ def _check_models(file: Path, verdict: Verdict) -> tuple[int, int]:
             record = record | dict.fromkeys(("aggregated", "released"), previous)
         if record["released"] != found[RELEASED]["model"]:
             raise _AlteredError(f"round {server_round} released another model than it decided on")
-        if not record["reset"]:
+        if not _changes(record):
             if record["released"] != record["aggregated"]:
                 raise _AlteredError(f"round {server_round} reset nothing, but changed the model")
         elif trail.undo_of(file, server_round).exists():
             _check_reset(file, server_round, record)
             explained += 1
         else:
-            verdict.notes.append(f"what round {server_round} reset is not kept any more")
+            verdict.notes.append(f"what round {server_round} changed is not kept any more")
     if absent:
         verdict.notes.append(f"without a checkpoint, so not compared: {len(absent)} rounds")
     return checked, explained
@@ -199,7 +206,7 @@ def _check_reset(file: Path, server_round: int, record: Record) -> None:
     way_back, before = _model_before(file, server_round)
     if trail.digest_of_model(before) != record["aggregated"]:
         raise _AlteredError(f"undoing round {server_round} does not lead to the aggregated model")
-    recorded: dict[str, set[int]] = {}
+    recorded = {name: set(rows) for name, rows in record.get("repaired_rows", {}).items()}
     for neuron in record["reset"]:
         for name, row in neuron["rows"].items():
             recorded.setdefault(name, set()).add(row)
@@ -208,7 +215,7 @@ def _check_reset(file: Path, server_round: int, record: Record) -> None:
         if unexplained := set(rows.tolist()) - recorded.get(name, set()):
             raise _AlteredError(
                 f"round {server_round} changed row {min(unexplained)} of {name}, which belongs to "
-                f"no neuron that it says it reset"
+                f"nothing that it says it reset or repaired"
             )
     if {n: r.tolist() for n, r in way_back.rows.items()} != {
         n: r.tolist() for n, r in changed.rows.items()

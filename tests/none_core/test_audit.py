@@ -24,7 +24,8 @@ from none_core.trail import Trail, TrailError, canonical, digest_of_model, diges
 from none_core.undo import Undo
 
 State = dict[str, Tensor]
-NEURONS = {2: [1, 6], 3: [0]}  # what rounds 2 and 3 reset
+NEURONS = {2: [1, 6], 3: [0]}  # what rounds 2 and 3 reset ...
+REPAIRED = {3: {"5.weight": [1]}, 4: {"5.weight": [0, 1], "0.bias": [2]}}  # ... and 3 and 4 repair
 
 
 def net(seed: int) -> nn.Module:
@@ -51,6 +52,9 @@ def play(log: Trail, server_round: int) -> None:
         reset.append({"layer": layer, "neuron": channel, "rows": neurons.rows(model, j)})
     neurons.reset(model, np.array(NEURONS.get(server_round, []), dtype=int))
     after = state_of(model)
+    repaired = REPAIRED.get(server_round, {})
+    for name, rows in repaired.items():
+        after[name][rows] += 0.5
     if server_round:
         log(
             {
@@ -58,6 +62,7 @@ def play(log: Trail, server_round: int) -> None:
                 "decision": "as it wäs, or wörse",
                 "reset": reset,
                 "how": "zero",
+                "repaired_rows": repaired,
                 "evidence": {"11": 0.5, "12": float("nan")},
                 "aggregated": digest_of_model(before),
                 "released": digest_of_model(after),
@@ -68,14 +73,14 @@ def play(log: Trail, server_round: int) -> None:
         trail.undo_of(log.file, server_round),
     ):
         path.parent.mkdir(exist_ok=True)
-    if reset:
+    if reset or repaired:
         undo = Undo.between(before, after)
         snapshot.write(trail.undo_of(log.file, server_round), plain(undo, [Undo]))
     log.append(trail.RELEASED, round=server_round, model=digest_of_model(after))
     torch.save(after, trail.checkpoint_of(log.file, server_round))
 
 
-def played(folder: Path, *, close: bool = True, rounds: int = 4) -> Path:
+def played(folder: Path, *, close: bool = True, rounds: int = 5) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log = Trail(folder / "audit.jsonl")
     log.open(run={"seed": 0})
@@ -124,8 +129,8 @@ def chained(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_run_leaves_an_intact_trail(whole: Path, capsys: Any) -> None:
     assert main(["verify", str(whole)]) == INTACT
     printed = capsys.readouterr().out
-    assert "intact and signed: 9 records up to round 3, 4 checkpoints are the models" in printed
-    assert "2 resets explain" in printed
+    assert "intact and signed: 11 records up to round 4, 5 checkpoints are the models" in printed
+    assert "3 times resets or repairs explain" in printed
     assert "note" not in printed
 
 
@@ -134,7 +139,7 @@ def test_records_are_json_for_everybody(whole: Path) -> None:
     assert [r["kind"] for r in records] == [
         "opened",
         "released",
-        *["round", "released"] * 3,
+        *["round", "released"] * 4,
         "closed",
     ]
     assert records[2]["decision"] == "as it wäs, or wörse"
@@ -201,7 +206,7 @@ def other(value: Any) -> Iterator[Any]:
         case list():
             yield from ([*value, 0], value[:-1] if value else [[]])
         case dict():
-            yield from (value | {"new": 1}, {})
+            yield from (value | {"new": 1}, *([{}] if value else []))
 
 
 def set_at(record: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
@@ -340,7 +345,7 @@ def spoil_checkpoint(file: Path, server_round: int, name: str, row: int) -> None
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("server_round", range(4))
+@pytest.mark.parametrize("server_round", range(5))
 def test_another_model_than_was_released_is_found(file: Path, server_round: int) -> None:
     spoil_checkpoint(file, server_round, "5.weight", 0)
     verdict = verify(file)
@@ -366,7 +371,12 @@ def test_a_reset_of_more_than_is_recorded_is_found(file: Path) -> None:
     resigned(file, lambda records: round_of(records, 2)["reset"].pop())
     verdict = verify(file)
     assert verdict.status == ALTERED
-    assert "belongs to no neuron that it says it reset" in verdict.reason
+    assert "belongs to nothing that it says it reset or repaired" in verdict.reason
+
+
+def test_a_repair_of_more_than_is_recorded_is_found(file: Path) -> None:
+    resigned(file, lambda records: round_of(records, 3)["repaired_rows"].clear())
+    assert "changed row 1 of 5.weight" in verify(file).reason
 
 
 def test_another_aggregated_model_than_is_recorded_is_found(file: Path) -> None:
@@ -418,16 +428,16 @@ def test_models_that_are_gone_are_said_to_be_unchecked(file: Path, capsys: Any) 
     trail.undo_of(file, 2).unlink()
     assert main(["verify", str(file)]) == INTACT
     printed = capsys.readouterr().out
-    assert "3 checkpoints" in printed
+    assert "4 checkpoints" in printed
     assert "not compared: 1 rounds" in printed
-    assert "what round 2 reset is not kept any more" in printed
+    assert "what round 2 changed is not kept any more" in printed
 
 
 # --- undoing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("server_round", NEURONS)
-def test_a_reset_can_be_undone(file: Path, server_round: int, capsys: Any) -> None:
+@pytest.mark.parametrize("server_round", [2, 3, 4])
+def test_a_reset_or_a_repair_can_be_undone(file: Path, server_round: int, capsys: Any) -> None:
     assert main(["undo", str(file), "--round", str(server_round)]) == INTACT
     written = torch.load(file.parent / f"before-reset-{server_round:04d}.pt", weights_only=True)
     expected = state_of(net(server_round))
@@ -450,7 +460,7 @@ def test_a_round_that_reset_nothing_cannot_be_undone(
     file: Path, server_round: int, capsys: Any
 ) -> None:
     assert main(["undo", str(file), "--round", str(server_round)]) == UNREADABLE
-    assert "reset nothing: rounds 2, 3 did" in capsys.readouterr().err
+    assert "changed nothing: rounds 2, 3, 4 did" in capsys.readouterr().err
     assert not list(file.parent.glob("before*"))
 
 
@@ -492,7 +502,7 @@ def test_a_killed_run_is_continued(tmp_path: Path, torn: bytes) -> None:
 
 
 def test_a_line_without_its_end_is_continued(tmp_path: Path) -> None:
-    file = played(tmp_path, close=False)
+    file = played(tmp_path, close=False, rounds=4)
     file.write_bytes(file.read_bytes()[:-1])
     log = Trail(file)
     log.resume(after=3)
@@ -503,14 +513,14 @@ def test_a_line_without_its_end_is_continued(tmp_path: Path) -> None:
 
 def test_a_finished_run_is_continued_and_signed_again(file: Path) -> None:
     log = Trail(file)
-    log.resume(after=3)
+    log.resume(after=4)
     assert verify(file).status == UNSIGNED
     log.close()
     assert verify(file).status == INTACT
 
 
 def test_a_round_twice_without_a_resumption_is_found(tmp_path: Path) -> None:
-    file = played(tmp_path, close=False)
+    file = played(tmp_path, close=False, rounds=4)
     log = Trail(file)
     log.resume(after=2)
     play(log, 3)
@@ -530,8 +540,8 @@ def test_an_altered_trail_is_not_continued(file: Path) -> None:
 def test_another_runs_trail_is_not_continued(file: Path, tmp_path: Path) -> None:
     with pytest.raises(TrailError, match="another key"):
         Trail(file, tmp_path / "another.key").resume(after=3)
-    with pytest.raises(TrailError, match="round 4 is not in it"):
-        Trail(file).resume(after=4)
+    with pytest.raises(TrailError, match="round 9 is not in it"):
+        Trail(file).resume(after=9)
 
 
 # --- a full disk ----------------------------------------------------------------------------------
