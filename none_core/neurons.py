@@ -35,6 +35,7 @@ __all__ = ["Layer", "NeuronMap", "Reader", "Source", "TraceError"]
 IntArray = npt.NDArray[np.int64]
 
 HOWS = ("zero", "init")
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class NeuronMap:
@@ -338,6 +339,35 @@ class NeuronMap:
                         norm = model.get_submodule(source.norm)
                         _reset_norm(norm, channels, layer, silent=how == "zero")
 
+    def rows(self, model: nn.Module, neuron: int) -> dict[str, int]:
+        """Name all that a reset of one neuron changes: tensors of the state dict, a row of each.
+
+        Raises
+        ------
+        ValueError
+            If the index is out of range or not an integer, or `model` does not have the layers of
+            this map.
+        """
+        position = int(self.layer_of(neuron))
+        layer, channel = self.layers[position], int(neuron - self.offsets[position])
+        _require_layer(model, layer)
+        found: dict[str, int] = {}
+        for source in layer.sources:
+            tensors = model.get_submodule(source.module)._parameters
+            found |= {
+                _joined(source.module, name): channel
+                for name in ("weight", "bias")
+                if tensors.get(name) is not None
+            }
+            if source.norm is not None:
+                norm = model.get_submodule(source.norm)
+                found |= {
+                    _joined(source.norm, name): channel + _first_channel(tensor, layer)
+                    for name in _NORM_TENSORS
+                    if (tensor := getattr(norm, name, None)) is not None
+                }
+        return found
+
     def _seeds(self, generator: torch.Generator | None) -> dict[str, int | None]:
         """Draw one seed for every source module, whether it is reset or not."""
         names = list(dict.fromkeys(s.module for layer in self.layers for s in layer.sources))
@@ -464,15 +494,18 @@ def _reset_norm(norm: nn.Module, channels: Tensor, layer: Layer, *, silent: bool
     """Give the channels' normalisation its initial values; a silent one must return 0 for 0."""
     # These centre on the mean of several channels, which turns a channel of zeros into others.
     mixes_channels = isinstance(norm, nn.GroupNorm | nn.LayerNorm)
-    initial = {
-        "weight": 0.0 if silent and mixes_channels else 1.0,
-        "bias": 0.0,
-        "running_mean": 0.0,
-        "running_var": 1.0,
-    }
-    for name, value in initial.items():
+    initial = (0.0 if silent and mixes_channels else 1.0, 0.0, 0.0, 1.0)
+    for name, value in zip(_NORM_TENSORS, initial, strict=True):
         tensor = getattr(norm, name, None)
         if tensor is not None:
-            # A normalisation after a concatenation has the channels of the other layers as well.
-            first = layer.first_channel if len(tensor) != layer.size else 0
+            first = _first_channel(tensor, layer)
             tensor.index_fill_(0, (channels + first).to(tensor.device), value)
+
+
+def _first_channel(tensor: Tensor, layer: Layer) -> int:
+    """Where a layer begins in its normalisation, which after a concatenation has others' too."""
+    return layer.first_channel if len(tensor) != layer.size else 0
+
+
+def _joined(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import time
+from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from none_core.flower import NoneStrategy, RoundRecord
+from none_core import snapshot
+from none_core.flower import NoneStrategy, RoundRecord, resume
 from none_core.flower.messages import record_of, state_of
+from none_core.flower.resume import Continued
 from server import strategies
 from server.config import DefenseConfig
 from server.grid import MeteredGrid
 from server.peers.base import Validated
 from server.record import Folder
 from tasks import data, metrics, models
-from tasks.config import AttackConfig, ExperimentConfig, RunConfig, TaskConfig, from_run_config
+from tasks.config import (
+    AttackConfig,
+    ConfigError,
+    ExperimentConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+    from_run_config,
+)
 from tasks.poisoning import DEFAULT_TRIGGER, Trigger, malicious_clients
 
 app = ServerApp()
+
+_KEPT = ("rounds", "timing", "_strongest")  # of a run, for when it is resumed
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment from the flat run configuration."""
-    Run(MeteredGrid(grid), context).start()
+    Run(grid, context).start()
 
 
 class Run:
@@ -36,12 +51,17 @@ class Run:
 
     Parameters
     ----------
-    grid : MeteredGrid
+    grid : Grid
     context : Context
         Its run configuration holds the sections experiment, task, attack, defense and run.
+
+    Raises
+    ------
+    ConfigError, FolderError
+        Before anything is trained.
     """
 
-    def __init__(self, grid: MeteredGrid, context: Context) -> None:
+    def __init__(self, grid: Grid, context: Context) -> None:
         config = context.run_config
         self.experiment = from_run_config(config, "experiment", ExperimentConfig)
         self.task = from_run_config(config, "task", TaskConfig)
@@ -51,8 +71,9 @@ class Run:
         self.keeps_checkpoints = where.checkpoints
 
         torch.set_num_threads(1)
-        self.grid = grid
-        self.folder = Folder(Path(where.output))
+        self.grid = MeteredGrid(grid, self.experiment.clients, where.node_timeout)
+        key = Path(where.audit_key) if where.audit_key else None
+        self.folder = Folder(Path(where.output), key)
         self.data = data.load(self.task.dataset, Path(where.data_root) if where.data_root else None)
         self.trigger = (
             Trigger(self.attack.trigger)
@@ -66,25 +87,87 @@ class Run:
             self._build,
             self.data.shape,
             self.experiment.seed,
-            self.folder.audit,
+            self.folder.trail,
         )
         self.rounds: list[dict[str, Any]] = []
         self.timing: list[dict[str, float]] = []
         self._dropped = (0, 0)  # samples, and poisoned ones among them, in the rounds so far
         self._strongest = -1.0  # surprise in the round whose evidence is kept
         self._round_began = time.perf_counter()
+        # What the run is, wherever and however often it is started.
+        self._settings = {
+            name: section.model_dump(mode="json", exclude={"resume", "engine"})
+            for name, section in (
+                ("experiment", self.experiment),
+                ("task", self.task),
+                ("train", from_run_config(config, "train", TrainConfig)),
+                ("attack", self.attack),
+                ("defense", self.defense),
+            )
+        }
 
     def start(self) -> None:
-        """Run all rounds and write what is left to write."""
-        self.strategy.start(
+        """Run all rounds, or those that a stopped run has left, and write what is left to write."""
+        done, arrays = self._resumed() if self.experiment.resume else (None, None)
+        if arrays is None:
+            arrays = record_of(self._build().state_dict())
+            self.folder.trail.open(run=self._settings)
+        Continued(self.strategy, done).start(
             self.grid,
-            record_of(self._build().state_dict()),
+            arrays,
             num_rounds=self.experiment.rounds,
             timeout=self.defense.timeout,
             evaluate_fn=self.released,
         )
         self.folder.model("model.pt", self.model.state_dict())
         self._write_history()
+        self.folder.trail.close(round=self.experiment.rounds)
+        for name, reason in self.folder.unwritten.items():
+            log(ERROR, "could not write %s: %s", self.folder.path / name, reason)
+
+    def _resumed(self) -> tuple[int | None, ArrayRecord | None]:
+        """Go back to where a stopped run was: its last complete round and the model of that.
+
+        Raises
+        ------
+        ConfigError
+            If it was another experiment.
+        SnapshotError, TrailError
+            If what it left was altered.
+        """
+        if not self.folder.snapshot.exists():
+            log(INFO, "There is nothing to resume from, so this is a new run")
+            return None, None
+        kept = snapshot.read(self.folder.snapshot)["more"]
+        for section, values in self._settings.items():
+            for key, value in values.items():
+                before = kept["settings"].get(section, {}).get(key)
+                if value != before:
+                    raise ConfigError(
+                        f"{section}.{key} = {json.dumps(value)} is not legal: expected "
+                        f"{json.dumps(before)}, as in the run that is resumed"
+                    )
+        done, arrays, _ = resume.recall(self.folder.snapshot, self.strategy)
+        for name in _KEPT:
+            setattr(self, name, kept[name])
+        self._dropped = tuple(kept["_dropped"])
+        self.grid.partition_of = {int(node): p for node, p in kept["partition_of"].items()}
+        self.grid.truth = {int(partition): truth for partition, truth in kept["truth"].items()}
+        self.model.load_state_dict(state_of(arrays))
+        self.folder.trail.resume(after=done)
+        log(INFO, "Resumed after round %s of %s", done, self.experiment.rounds)
+        return done, arrays
+
+    def _keep(self, server_round: int, arrays: ArrayRecord) -> None:
+        """Write what a resumed run needs."""
+        more = {
+            **{name: getattr(self, name) for name in _KEPT},
+            "settings": self._settings,
+            "_dropped": list(self._dropped),
+            "partition_of": {str(node): p for node, p in self.grid.partition_of.items()},
+            "truth": {str(partition): truth for partition, truth in self.grid.truth.items()},
+        }
+        self.folder.keep(self.strategy, server_round, arrays, more)
 
     def released(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Score and record the model that a round releases; Flower calls it after each."""
@@ -116,11 +199,11 @@ class Run:
             "bytes": self._costs(server_round, began, ended),
         }
         self.rounds.append(entry)
-        if self.keeps_checkpoints:
-            self.folder.checkpoint(server_round, self.model.state_dict())
+        self.folder.released(server_round, arrays, defence, self.keeps_checkpoints)
         self._keep_evidence(defence)
         self._write_history()
         self.folder.progress(entry)
+        self._keep(server_round, arrays)  # from here on the round is complete
         self._round_began = time.perf_counter()
         return MetricRecord({"ba": scores.ba, "asr": scores.asr, "recovered": scores.recovered})
 

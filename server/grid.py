@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,6 +10,10 @@ from collections.abc import Iterable
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
+
+class TooFewNodesError(RuntimeError):
+    """Participants that a run needs did not come: how many, and what to do."""
 
 
 class MeteredGrid(Grid):
@@ -21,6 +26,11 @@ class MeteredGrid(Grid):
     Parameters
     ----------
     grid : Grid
+    needed : int
+        Participants that the run needs.
+    patience : float
+        Seconds in which as many must be connected, whenever nodes are asked for: Flower's own
+        strategies wait for ever.
 
     Attributes
     ----------
@@ -33,8 +43,9 @@ class MeteredGrid(Grid):
         What each partition's last train reply says of its poisoned samples.
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, needed: int = 0, patience: float = math.inf) -> None:
+        self._grid, self._needed, self._patience = grid, needed, patience
+        self._missing_since: float | None = None
         self.partition_of: dict[int, int] = {}
         self.truth: dict[int, dict[str, int]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -84,8 +95,27 @@ class MeteredGrid(Grid):
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Pass on."""
-        return self._grid.get_node_ids()
+        """Pass on.
+
+        Raises
+        ------
+        TooFewNodesError
+            When there have been too few for too long.
+        """
+        nodes = list(self._grid.get_node_ids())
+        if len(nodes) >= self._needed:
+            self._missing_since = None
+            return nodes
+        now = time.monotonic()
+        if self._missing_since is None:
+            self._missing_since = now
+        if now - self._missing_since >= self._patience:
+            raise TooFewNodesError(
+                f"only {len(nodes)} of the {self._needed} participants were connected for "
+                f"{self._patience:g} s: start {self._needed - len(nodes)} more, or set "
+                f"experiment.clients lower or run.node_timeout higher"
+            )
+        return nodes
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Pass on."""

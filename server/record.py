@@ -6,62 +6,131 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord
+from flwr.common.logger import log
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from none_core.flower import Defence, RoundRecord
+from none_core import files, snapshot
+from none_core.flower import Defence, RoundRecord, resume
+from none_core.flower.messages import state_of
+from none_core.snapshot import plain
+from none_core.trail import RELEASED, Trail, checkpoint_of, digest_of_model, undo_of
+from none_core.undo import Undo
+
+
+class FolderError(RuntimeError):
+    """A folder that cannot take the results: why, in one sentence."""
 
 
 class Folder:
     """The output folder of one run.
 
+    While the run goes on, what cannot be written is logged and listed, and the run goes on: most
+    files are written anew in every round. The final model and the end of the audit trail must be
+    written.
+
     Parameters
     ----------
     path : Path
         Made if it does not exist.
+    audit_key : Path, optional
+        The private key of the audit trail.
+
+    Attributes
+    ----------
+    trail : Trail
+        The audit trail; to be opened, or resumed, by its user.
+    unwritten : dict of str to str
+        What could not be written and why, by file.
+
+    Raises
+    ------
+    FolderError
+        If nothing can be written there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, audit_key: Path | None = None) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+        self.unwritten: dict[str, str] = {}
+        self.trail = Trail(path / "audit.jsonl", audit_key)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"x")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise FolderError(f"cannot write to {path}: {error.strerror}") from None
 
-    def audit(self, entry: Mapping[str, Any]) -> None:
-        """Append one line to the audit trail."""
-        self._append("audit.jsonl", entry)
+    @property
+    def snapshot(self) -> Path:
+        """What a run is resumed from."""
+        return self.path / "resume.npz"
+
+    def keep(
+        self, strategy: Strategy, server_round: int, arrays: ArrayRecord, more: dict[str, Any]
+    ) -> None:
+        """Write what a resumed run needs of the rounds so far."""
+        self._try(
+            self.snapshot.name,
+            lambda: resume.keep(self.snapshot, strategy, server_round, arrays, more),
+        )
 
     def progress(self, entry: Mapping[str, Any]) -> None:
         """Append one line for whoever watches the run."""
-        self._append("progress.jsonl", entry)
+        self._try("progress.jsonl", lambda: self._append("progress.jsonl", entry))
 
-    def checkpoint(self, server_round: int, state: Mapping[str, Tensor]) -> None:
-        """Write the model of a round."""
-        (self.path / "checkpoints").mkdir(exist_ok=True)
-        self.model(f"checkpoints/round-{server_round:04d}.pt", state)
+    def released(
+        self, server_round: int, arrays: ArrayRecord, record: RoundRecord, checkpoint: bool
+    ) -> None:
+        """Take down which model a round released, and what leads back over its reset.
+
+        Parameters
+        ----------
+        server_round : int
+        arrays : ArrayRecord
+        record : RoundRecord
+        checkpoint : bool
+            Whether the model itself is kept, too.
+        """
+        state = state_of(arrays)
+        self.trail.append(RELEASED, round=server_round, model=digest_of_model(state))
+        if record.before is not None:
+            undo = Undo.between(record.before, state)
+            target = undo_of(self.trail.file, server_round)
+            self._try(
+                f"undo/{target.name}", lambda: snapshot.write(target, plain(undo, [Undo])), target
+            )
+        if checkpoint:
+            target = checkpoint_of(self.trail.file, server_round)
+            name = f"checkpoints/{target.name}"
+            self._try(name, lambda: self.model(name, state), target)
 
     def model(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Write a state dict."""
-        self._replace(name, lambda file: torch.save(dict(state), file))
+        files.replace(self.path / name, lambda file: torch.save(dict(state), file))
 
     def history(self, rounds: list[dict[str, Any]], truth: Mapping[str, Any]) -> None:
         """Write everything that was measured and repeats when the same seed is run again."""
-        text = json.dumps({"rounds": rounds, "truth": truth}, indent=1)
-        self._replace("history.json", lambda file: file.write(text.encode()))
+        self._try("history.json", lambda: self._json("history.json", rounds=rounds, truth=truth))
 
     def timing(self, rounds: list[dict[str, float]]) -> None:
         """Write how long each phase of each round took, in seconds by the clock."""
-        text = json.dumps({"rounds": rounds}, indent=1)
-        self._replace("timing.json", lambda file: file.write(text.encode()))
+        self._try("timing.json", lambda: self._json("timing.json", rounds=rounds))
 
     def evidence(
         self, defence: Defence, record: RoundRecord, partition_of: Mapping[int, int]
     ) -> None:
         """Write what one round's decision was based on."""
-        detection = record.detection
+        detection, before = record.detection, record.before
         assert detection is not None
+        assert before is not None
         reset = np.zeros(defence.neurons.size, dtype=bool)
         reset[record.neurons_reset] = True
         clients = sorted(detection.client_evidence, key=lambda node: partition_of.get(node, node))
@@ -76,27 +145,34 @@ class Folder:
             "layer_names": np.array([layer.name for layer in defence.neurons.layers]),
             "round": np.array(record.server_round),
         }
-        self._replace("evidence.npz", lambda file: np.savez_compressed(file, **arrays))
-        assert record.before is not None
-        self.model("evidence_model.pt", record.before)
+        target = self.path / "evidence.npz"
+        self._try(
+            target.name,
+            lambda: files.replace(target, lambda file: np.savez_compressed(file, **arrays)),
+        )
+        self._try("evidence_model.pt", lambda: self.model("evidence_model.pt", before))
+
+    def _try(self, name: str, write: Callable[[], object], target: Path | None = None) -> None:
+        """Write a file, or say that it could not be written."""
+        try:
+            if target is not None:
+                target.parent.mkdir(exist_ok=True)
+            write()
+        except OSError as error:
+            self.unwritten[name] = str(error.strerror or error)
+            log(WARNING, "cannot write %s: %s", self.path / name, self.unwritten[name])
+        else:
+            self.unwritten.pop(name, None)
+
+    def _json(self, name: str, **content: Any) -> None:
+        text = json.dumps(content, indent=1)
+        files.replace(self.path / name, lambda file: file.write(text.encode()))
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def _replace(self, name: str, write: Callable[[Any], object]) -> None:
-        """Write a file that is there whole or not at all, also after a crash."""
-        target = self.path / name
-        with tempfile.NamedTemporaryFile(
-            "wb", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            try:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.chmod(0o644)
-                os.replace(temporary, target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        """Append a line; one that a kill or a full disk has torn is ended first."""
+        with (self.path / name).open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(entry).encode() + b"\n")

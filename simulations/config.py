@@ -112,9 +112,9 @@ def build(document: dict[str, Any]) -> Experiment:
 
 def _absolute(run: RunConfig) -> RunConfig:
     """Make paths absolute: the apps may run in another folder."""
-    root = None if run.data_root is None else str(Path(run.data_root).expanduser().absolute())
-    output = str(Path(run.output).expanduser().absolute())
-    return run.model_copy(update={"output": output, "data_root": root})
+    paths = {name: getattr(run, name) for name in ("output", "data_root", "audit_key")}
+    absolute = {n: str(Path(p).expanduser().absolute()) for n, p in paths.items() if p is not None}
+    return run.model_copy(update=absolute)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """
     found = {name: dict(values) for name, values in sections.items() if name != "run"}
     defense, attack, task = found["defense"], found["attack"], found["task"]
+    found["experiment"].pop("resume", None)  # a resumed run is the run that was stopped
     strategy = defense["name"]
     if strategy in READS:
         read = READS[strategy] | {"name", "timeout"}

@@ -105,4 +105,13 @@ class Lines:
             text = stream.read()
         complete = text[: text.rfind(b"\n") + 1]
         self._position += len(complete)
-        return [json.loads(line) for line in complete.splitlines() if line.strip()]
+        return [entry for line in complete.splitlines() if (entry := _entry(line)) is not None]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Read a line; nothing of one that was torn when a run was killed."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return entry

@@ -21,12 +21,14 @@ from tasks import models
 from tasks.data import CLASSES, SHAPES
 
 LOG = "run.log"
+NODES = "nodes"  # what the participants of the in-process engine keep
 
 # All that a run writes, so that no file of an earlier run in the same folder is taken for its own.
 ARTEFACTS = (
     *(LOG, progress.FILE, results.HISTORY, results.RESULT, results.TIMING, report.FILE),
-    *("model.pt", "evidence.npz", "evidence_model.pt", "audit.jsonl"),
-    *("checkpoints", plots.FOLDER),
+    *("model.pt", "evidence.npz", "evidence_model.pt", "audit.jsonl", "audit.pub"),
+    *("checkpoints", "undo", plots.FOLDER),
+    *("resume.npz", NODES),
 )
 
 
@@ -90,8 +92,10 @@ def prepare(output: Path, experiment: Experiment) -> None:
     needed = model_bytes * (kept + 4)  # a checkpoint a round, and what comes beside them
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _clear(output)
-        results.write_text(output / LOG, "")
+        if not (settings.resume and _can_resume(output)):
+            _clear(output)
+            results.write_text(output / LOG, "")
+        (output / LOG).touch()
         free = shutil.disk_usage(output).free
     except OSError as error:
         raise OutputError(f"cannot write to {output}: {error.strerror}") from None
@@ -100,6 +104,15 @@ def prepare(output: Path, experiment: Experiment) -> None:
             f"{output} has {free / 1e6:.0f} MB left, but the checkpoints of {kept} "
             f"rounds need {needed / 1e6:.0f} MB"
         )
+
+
+def _can_resume(output: Path) -> bool:
+    """Whether there is a stopped run; what a finished one has left is not to be cleared away."""
+    if (output / "resume.npz").exists():
+        return True
+    if (output / results.RESULT).exists():
+        raise OutputError(f"{output} holds a finished run, and nothing to resume it from")
+    return False
 
 
 def written(output: Path) -> list[Path]:
@@ -130,6 +143,7 @@ def _run_apps(experiment: Experiment, log: Path) -> None:
             clients=settings.clients,
             seed=settings.seed,
             workers=workers,
+            nodes=Path(experiment.run.output) / NODES,
         )
     except Exception as error:
         logging.getLogger("flwr").error(traceback.format_exc(), extra={"quiet": True})

@@ -63,6 +63,9 @@ class ExperimentConfig(Section):
     engine: Literal["in-process", "flower"] = Field(
         "in-process", description="Call the apps directly, or through `flwr run`."
     )
+    resume: bool = Field(
+        False, description="Go on with the run in the results folder, if it was stopped."
+    )
 
 
 class TaskConfig(Section):
@@ -137,6 +140,12 @@ class RunConfig(Section):
         0, ge=0, description="Clients that work at the same time; 0: one for each core."
     )
     checkpoints: bool = Field(True, description="Whether the model of every round is kept.")
+    audit_key: str | None = Field(
+        None, description="Private key that signs the audit trail; left out, the run's own."
+    )
+    node_timeout: float = Field(
+        600.0, gt=0, description="Seconds to wait for participants that are not connected."
+    )
 
 
 M = TypeVar("M", bound=BaseModel)

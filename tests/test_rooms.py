@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("none_core", "tasks", "client", "server", "simulations", "benchmarks", "tests")
 STANDARD = frozenset(sys.stdlib_module_names) | {"__future__"}
-LIBRARY = frozenset({"torch", "numpy", "scipy", "jenkspy", "none_core"})
+LIBRARY = frozenset({"torch", "numpy", "scipy", "jenkspy", "cryptography", "none_core"})
 
 # What each room may import besides the standard library; None: anything.
 # The longest prefix of a file's path decides.

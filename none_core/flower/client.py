@@ -20,6 +20,8 @@ from none_core.trigger_inversion import Finding, Probe, Triggers, probe_model
 
 _STATE = "none.kept"  # where the client's own state remembers which samples it trains on
 _TRIGGERS = "none.triggers"  # ... and what its last probe found
+_BEFORE = ".before"  # ... and what both were before the last round that changed them
+_ROUND = ".round"
 _PROBED = 512  # samples that a probe looks at, evenly spread over those that are trained on
 
 CallNext = Callable[[Message, Context], Message]
@@ -127,6 +129,7 @@ class NoneClient:
         """Drop the samples that exceed the server's filter, for good; how many were dropped now."""
         sample_filter, undo = messages.read_filter(message.content.array_records[messages.FILTER])
         dataset = self.load_data(context)
+        _begin(context, _STATE, messages.round_of(message.content))
         kept = self.kept(context)
         state = undo.apply(messages.state_of(_model_record(message.content)))
         mask = np.zeros(len(dataset), dtype=np.uint8)  # type: ignore[arg-type]
@@ -163,6 +166,7 @@ class NoneClient:
         batches = list(self._batches(self.load_data(context), kept))
         inputs = torch.cat([x for _, x, _ in batches])
         targets = torch.cat([y for _, _, y in batches])
+        _begin(context, _TRIGGERS, server_round)
         record = context.state.array_records.get(_TRIGGERS)
         known = Triggers.unknown(labels, inputs[0].cpu())
         if record is not None:
@@ -202,6 +206,24 @@ class NoneClient:
             loader = DataLoader(subset, batch_size=self.batch_size)
             for part, (inputs, labels) in zip(parts, loader, strict=True):
                 yield part, self.prepare(inputs), torch.as_tensor(labels)
+
+
+def _begin(context: Context, name: str, server_round: int) -> None:
+    """Note what the state was before a round changes it, or put that back if it already has.
+
+    A server that was stopped repeats the round it was in, and is to get the same answers.
+    """
+    state = context.state
+    begun = state.config_records.get(name + _ROUND)
+    if begun is not None and begun["round"] == server_round:
+        source, target = name + _BEFORE, name
+    else:
+        source, target = name, name + _BEFORE
+        state[name + _ROUND] = ConfigRecord({"round": server_round})
+    if source in state:
+        state[target] = state[source]
+    else:
+        state.pop(target, None)
 
 
 def _chain(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 
 from none_core.activations import TRIGGER_SHIFT, ReportSpec
-from none_core.attribution import Scene, distances, scene_of
+from none_core.attribution import Part, Scene, distances, scene_of
 from none_core.decision import (
     Decision,
     Policy,
@@ -38,6 +38,8 @@ from none_core.order_statistics import most_liars
 from none_core.purification import SampleFilter, build_filter
 from none_core.refusal import Refusal
 from none_core.repair import FEWEST, repaired, touched
+from none_core.snapshot import SnapshotError, plain, restored
+from none_core.trail import digest_of_model
 from none_core.trigger_inversion import Probe
 from none_core.undo import Undo
 
@@ -67,6 +69,8 @@ class RoundRecord:
         Samples that each client says it dropped before training.
     repaired : list of int
         Classes for whose backdoor weights were aggregated by the clients' median, ascending.
+    repaired_rows : dict of str to ndarray of int64
+        Rows of the model's tensors that were, or would have been if that had not cost too much.
     neurons_reset : ndarray of int64
         Flat indices, the worst first.
     detection : Detection or None
@@ -88,6 +92,7 @@ class RoundRecord:
     missing: int = 0
     purified: dict[int, int] = field(default_factory=dict)
     repaired: list[int] = field(default_factory=list)
+    repaired_rows: dict[str, IntArray] = field(default_factory=dict)
     neurons_reset: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     detection: Detection | None = None
     named: list[int] = field(default_factory=list)
@@ -140,6 +145,16 @@ class _Sighting:
     news: bool = False
 
 
+# What a defence knows at the end of a round and needs in the next. Everything else that it keeps is
+# a setting, or of one round only.
+_SURVIVES = (
+    *("_reputation", "_accuracy", "_sighting", "_generator"),
+    *("_scene", "_scene_certified", "_watched_until", "_resets"),
+    *("_filter", "_filter_undo", "_filter_suspicions", "_left_over", "_spoken_of"),
+)
+_CLASSES = (Reputation, Scene, Part, _Sighting, SampleFilter, Undo)
+
+
 class Defence:
     """NONE's server half, to be driven by a strategy; see :class:`~none_core.flower.NoneStrategy`.
 
@@ -189,7 +204,7 @@ class Defence:
     seed : int
         For ``reset="init"``.
     audit : callable, optional
-        Called with one JSON-ready dict per decision.
+        Called with one JSON-ready dict per decision; a ``none_core.trail.Trail``, say.
     """
 
     def __init__(
@@ -266,6 +281,31 @@ class Defence:
         self._template: Template = {}
         self._filter: SampleFilter | None = None
         self._filter_undo = Undo({}, {})
+        self._filter_suspicions: dict[int, set[int]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next round needs of the ones before, as a tree of plain values.
+
+        Taken after a round and given to :meth:`load_state_dict` of a defence with the same
+        settings, in whatever process, that one goes on as this one would have.
+        ``none_core.snapshot`` writes it to a file and reads it.
+        """
+        return {name: plain(getattr(self, name), _CLASSES) for name in _SURVIVES}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another defence was.
+
+        Raises
+        ------
+        SnapshotError
+            If this is not the state of a defence.
+        """
+        if state.keys() != set(_SURVIVES):
+            differing = sorted(state.keys() ^ set(_SURVIVES))
+            raise SnapshotError(f"this is not what a defence keeps: {differing} differ")
+        values = {name: restored(state[name], _CLASSES) for name in _SURVIVES}
+        for name, value in values.items():
+            setattr(self, name, value)
 
     # --- the three moments of a round, in the order in which a strategy meets them ---------------
 
@@ -328,7 +368,7 @@ class Defence:
                 f"{self.record.asked} asked, quorum is {needed}"
             )
             log(WARNING, "NONE round %s: %s", server_round, decision)
-            self._close(decision)
+            self._close(decision, arrays, arrays)
             return arrays
         detection = self._detect({client: summary for client, (summary, _, _) in reports.items()})
         self.record.detection = detection
@@ -340,7 +380,7 @@ class Defence:
         )
         if not planned.neurons.size and self._accuracy >= self.policy.min_accuracy:
             planned = finish(planned, self._left_over, self.layer_of, self.policy)
-        before = messages.state_of(arrays)
+        before, aggregated = messages.state_of(arrays), arrays
         after, neurons, decision = self._guarded(
             before, self._repaired(before, detection), planned, accuracy
         )
@@ -358,7 +398,8 @@ class Defence:
         if self.purify:
             self._filter = build_filter(detection, self.layer_of)
             self._filter_undo = Undo.between(before, after)
-        self._close(decision, {client: digest for client, (_, _, digest) in reports.items()})
+        digests = {client: digest for client, (_, _, digest) in reports.items()}
+        self._close(decision, aggregated, arrays, digests)
         return arrays
 
     def skipped(self) -> None:
@@ -562,6 +603,7 @@ class Defence:
         if not scenes or len(trained) < FEWEST:
             return before
         self.record.repaired = [scene.label for scene in scenes]
+        self.record.repaired_rows = touched(scenes)
         states = [
             {n: messages.read_array(arrays[n], *self._template[n]) for n in touched(scenes)}
             for arrays in trained
@@ -674,11 +716,17 @@ class Defence:
             log(WARNING, "NONE round %s: %s", self.record.server_round, refusal)
         self.record.refused += refused
 
-    def _close(self, decision: str, digests: dict[int, str] | None = None) -> None:
+    def _close(
+        self,
+        decision: str,
+        aggregated: ArrayRecord | None = None,
+        released: ArrayRecord | None = None,
+        digests: dict[int, str] | None = None,
+    ) -> None:
         record, detection = self.record, self.record.detection
         record.decision = decision
         suspicions = detection.suspicions if detection else ()
-        self._filter_suspicions: dict[int, set[int]] = {}
+        self._filter_suspicions = {}
         for suspicion in suspicions:
             self._filter_suspicions.setdefault(suspicion.client, set()).add(suspicion.label)
         log(INFO, "NONE round %s: %s", record.server_round, decision)
@@ -721,17 +769,25 @@ class Defence:
                 "quarantined": record.quarantined,
                 "standings": record.standings,
                 "repaired": record.repaired,
+                "repaired_rows": {
+                    name: rows.tolist()
+                    for name, rows in record.repaired_rows.items()
+                    if record.repaired
+                },
                 "reset": [
                     {
                         "layer": layer,
                         "neuron": channel,
                         "score": round(float(scores[j]), 6),
                         "standing": standing_of(detection, int(j)).name.lower(),
+                        "rows": self.neurons.rows(self._model, int(j)),
                     }
                     for (layer, channel), j in zip(names, record.neurons_reset, strict=True)
                 ],
                 "budget": self.policy.budget,
                 "how": self.how,
+                "aggregated": _model_digest(aggregated),
+                "released": _model_digest(released),
             }
         )
 
@@ -743,6 +799,10 @@ def _fresh(reputation: Reputation) -> Reputation:
 
 def _listed(labels: list[int]) -> str:
     return " and ".join(str(label) for label in labels)
+
+
+def _model_digest(arrays: ArrayRecord | None) -> str | None:
+    return None if arrays is None else digest_of_model(messages.state_of(arrays))
 
 
 def _digest(report: ArrayRecord) -> str:

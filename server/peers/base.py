@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from typing import Any
 
@@ -38,11 +38,23 @@ class Validated:
         What happened in the round.
     sent : ArrayRecord
         The model that the round's clients were sent.
+    survives : tuple of str
+        Attributes that the next round needs of the ones before, for when a run is resumed.
     """
 
+    survives: tuple[str, ...] = ()
     record = RoundRecord(0)
     sent: ArrayRecord
     _asked: frozenset[int] = frozenset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next round needs of the ones before."""
+        return {name: getattr(self, name) for name in self.survives}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one was."""
+        for name in self.survives:
+            setattr(self, name, state[name])
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

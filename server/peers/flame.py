@@ -90,6 +90,8 @@ class Flame(VectorRule):
         Those of ``FedAvg``.
     """
 
+    survives = ("generator",)
+
     def __init__(
         self, generator: np.random.Generator, *, noise: float = 0.001, **settings: Any
     ) -> None:

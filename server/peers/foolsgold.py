@@ -76,6 +76,8 @@ class FoolsGold(VectorRule):
         it is not sampled.
     """
 
+    survives = ("histories",)
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.histories: dict[int, FloatArray] = {}

@@ -15,17 +15,21 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from logging import ERROR
+from logging import ERROR, WARNING
+from pathlib import Path
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from none_core.files import replace
 from tasks.config import RunConfigValue
 
 RUN_ID = 1
@@ -39,6 +43,7 @@ def run_in_process(
     clients: int,
     seed: int = 0,
     workers: int | None = None,
+    nodes: Path | None = None,
 ) -> None:
     """Run a ServerApp to its end against `clients` nodes; what it raises is raised here.
 
@@ -54,13 +59,17 @@ def run_in_process(
         Seeds `random`, from which Flower's strategies draw nodes. Its state is put back.
     workers : int, optional
         Clients that work at the same time; one for each core if not given.
+    nodes : Path, optional
+        As in `InProcessGrid`.
     """
     context = Context(RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
     with (
         _task_identity(),
         _random_seeded(seed),
         _one_torch_thread(),
-        InProcessGrid(client_app, run_config, clients=clients, workers=workers) as grid,
+        InProcessGrid(
+            client_app, run_config, clients=clients, workers=workers, nodes=nodes
+        ) as grid,
     ):
         server_app(grid, context)
 
@@ -81,6 +90,9 @@ class InProcessGrid(Grid):
         Number of nodes.
     workers : int, optional
         Threads; one for each core if not given.
+    nodes : Path, optional
+        Folder in which each node keeps the state of its context, as a SuperNode does in its memory.
+        One that finds some there goes on with it: so it outlives the process of the ServerApp.
     """
 
     def __init__(
@@ -90,12 +102,15 @@ class InProcessGrid(Grid):
         *,
         clients: int,
         workers: int | None = None,
+        nodes: Path | None = None,
     ) -> None:
+        if nodes is not None:
+            nodes.mkdir(parents=True, exist_ok=True)
         self._client_app = client_app
         self._run = Run.create_empty(RUN_ID)
         self._nodes = {
             node.context.node_id: node
-            for node in (_Node(p, clients, run_config) for p in range(clients))
+            for node in (_Node(p, clients, run_config, nodes) for p in range(clients))
         }
         self._workers = workers or os.cpu_count() or 1
         self._pool = self._new_pool()
@@ -178,6 +193,7 @@ class InProcessGrid(Grid):
         else:
             with node.lock:
                 reply = _called(self._client_app, message, node.context)
+                node.keep()
             if reply.has_error():
                 *traced, what = str(reply.error.reason).strip().split("\n")
                 log(ERROR, "\n".join([f"client of partition {partition}: {what}", *traced]))
@@ -208,15 +224,38 @@ class InProcessGrid(Grid):
 
 
 class _Node:
-    """One participant: its context, and what it is still busy with."""
+    """One participant: its context, where that is kept, and what it is still busy with."""
 
-    def __init__(self, partition: int, clients: int, run_config: Mapping[str, RunConfigValue]):
+    def __init__(
+        self,
+        partition: int,
+        clients: int,
+        run_config: Mapping[str, RunConfigValue],
+        folder: Path | None,
+    ) -> None:
         node_config = {"partition-id": partition, "num-partitions": clients}
-        self.context = Context(
-            RUN_ID, _node_id(partition), node_config, RecordDict(), dict(run_config)
-        )
+        self._file = None if folder is None else folder / f"{partition}.state"
+        self._kept = b""
+        state = RecordDict()
+        if self._file is not None and self._file.exists():
+            self._kept = self._file.read_bytes()
+            state = recorddict_from_proto(ProtoRecordDict.FromString(self._kept))
+        self.context = Context(RUN_ID, _node_id(partition), node_config, state, dict(run_config))
         self.lock = threading.Lock()
         self.late: Future[Message] | None = None
+
+    def keep(self) -> None:
+        """Write the state of the context, if it has changed."""
+        if self._file is None:
+            return
+        state = recorddict_to_proto(self.context.state).SerializeToString(deterministic=True)
+        if state == self._kept:
+            return
+        try:
+            replace(self._file, lambda file: file.write(state))
+            self._kept = state
+        except OSError as error:
+            log(WARNING, "cannot write %s: %s", self._file, error.strerror)
 
     @property
     def is_late(self) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from client.app import app as client_app
+from none_core import audit
 from server.app import app as server_app
 from server.config import DefenseConfig
 from simulations.engines import run_in_process
@@ -87,7 +88,10 @@ def test_the_released_models_are_there(defended: tuple[Path, dict[str, Any]]) ->
 
 def test_the_audit_trail_has_a_line_for_each_round(defended: tuple[Path, dict[str, Any]]) -> None:
     output, history = defended
-    lines = [json.loads(line) for line in (output / "audit.jsonl").read_text().splitlines()]
+    every = [json.loads(line) for line in (output / "audit.jsonl").read_text().splitlines()]
+    kinds = ["opened", "released", *["round", "released"] * ROUNDS, "closed"]
+    assert [line["kind"] for line in every] == kinds
+    lines = [line for line in every if line["kind"] == "round"]
     assert [line["round"] for line in lines] == [1, 2]
     assert [line["decision"] for line in lines] == [e["decision"] for e in history["rounds"][1:]]
     assert all(len(line["reports"]) == CLIENTS for line in lines)
@@ -97,6 +101,13 @@ def test_the_audit_trail_has_a_line_for_each_round(defended: tuple[Path, dict[st
     if any(line["reset"] for line in lines):
         with np.load(output / "evidence.npz", allow_pickle=False) as evidence:
             assert evidence["clients"].tolist() == list(range(CLIENTS))
+
+
+def test_the_audit_trail_is_intact(defended: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = defended
+    verdict = audit.verify(output / "audit.jsonl")
+    assert (verdict.status, verdict.notes) == (audit.INTACT, [])
+    assert f"{ROUNDS + 1} checkpoints are the models that were released" in verdict.reason
 
 
 def test_a_run_repeats_whatever_the_number_of_workers(

@@ -824,6 +824,28 @@ def expected_rows(model: nn.Sequential, neurons: list[int]) -> dict[str, set[int
 
 
 @settings(max_examples=60, deadline=None)
+@given(nets_and_neurons())
+def test_the_rows_that_a_reset_touches_are_named(case):
+    model, neurons = case
+    mapped = NeuronMap.trace(model, images(2, 2, 4, 4))
+    named: dict[str, set[int]] = {}
+    for neuron in neurons:
+        for key, row in mapped.rows(model, neuron).items():
+            named.setdefault(key, set()).add(row)
+    state = model.state_dict()
+    assert named == {k: rows for k, rows in expected_rows(model, neurons).items() if k in state}
+
+
+def test_the_row_of_a_normalisation_after_a_concatenation_is_named():
+    model = seeded(
+        lambda: Assembled(lambda m, x: m.c(m.wide(torch.cat([m.a(x), m.b(x)], 1)).relu()[:, :2]))
+    )
+    rows = NeuronMap.trace(model, images(3, 2, 4, 4)).rows(model, 3)
+    assert rows["b.weight"] == 1
+    assert rows["wide.weight"] == rows["wide.running_var"] == 3
+
+
+@settings(max_examples=60, deadline=None)
 @given(nets_and_neurons(), st.sampled_from(["zero", "init"]))
 def test_reset_touches_exactly_the_neurons_and_makes_zero_neurons_silent(case, how):
     model, neurons = case

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from server.grid import MeteredGrid
+from server.grid import MeteredGrid, TooFewNodesError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -169,7 +170,7 @@ def test_everything_else_goes_to_the_wrapped_grid() -> None:
     inner = Scripted()
     grid = MeteredGrid(inner)
     assert grid.run is inner.run
-    assert grid.get_node_ids() == "result of get_node_ids"
+    assert grid.get_node_ids() == list("result of get_node_ids")
     assert grid.push_messages([]) == "result of push_messages"
     assert grid.pull_messages(["a"]) == "result of pull_messages"
     assert grid.create_message(RecordDict(), "train", 1, "g", 2.0) == "result of create_message"
@@ -179,3 +180,32 @@ def test_everything_else_goes_to_the_wrapped_grid() -> None:
     ]
     assert inner.calls[2][1] == (["a"],)
     assert inner.calls[3][1] == (RecordDict(), "train", 1, "g", 2.0)
+
+
+class Nodes(Scripted):
+    """A grid whose nodes come and go."""
+
+    def __init__(self, *counts: int) -> None:
+        super().__init__()
+        self.counts = list(counts)
+
+    def get_node_ids(self) -> list[int]:
+        count = self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
+        return list(range(count))
+
+
+def test_missing_nodes_are_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 4.0, 9.0, 10.0, 20.0])
+    monkeypatch.setattr("server.grid.time.monotonic", lambda: next(clock))
+    grid = MeteredGrid(Nodes(1, 2, 4, 2, 2, 3), needed=4, patience=9.5)
+    assert [len(grid.get_node_ids()) for _ in range(5)] == [1, 2, 4, 2, 2]
+    with pytest.raises(TooFewNodesError, match=r"only 3 of the 4 participants .* start 1 more"):
+        grid.get_node_ids()
+
+
+def test_flowers_strategies_wait_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda seconds: None)
+    grid = MeteredGrid(Nodes(3), needed=4, patience=0.05)
+    strategy = FedAvg(min_train_nodes=4, min_available_nodes=4)
+    with pytest.raises(TooFewNodesError):
+        strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.serverapp.strategy import FedAvg
 
+from none_core import snapshot
 from none_core.detection import Detection
 from none_core.flower import RoundRecord
-from server.record import Folder
+from none_core.flower.messages import record_of
+from none_core.snapshot import restored
+from none_core.undo import Undo
+from server.record import Folder, FolderError
 
 
 def names(path: Path) -> list[str]:
@@ -29,27 +35,32 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     entries = [{"round": 1, "text": "ä\nb"}, {"round": 2, "text": ""}]
     for entry in entries:
-        folder.audit(entry)
         folder.progress(entry)
-    for name in ("audit.jsonl", "progress.jsonl"):
-        lines = (tmp_path / name).read_text("utf-8").splitlines()
-        assert [json.loads(line) for line in lines] == entries
+    lines = (tmp_path / "progress.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == entries
 
 
-def test_a_line_that_is_no_json_leaves_no_half_line(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.audit({"round": 1})
-    with pytest.raises(TypeError):
-        folder.audit({"round": 2, "bad": object()})
-    assert (tmp_path / "audit.jsonl").read_text() == '{"round": 1}\n'
+def test_a_torn_line_is_ended_first(tmp_path: Path) -> None:
+    (tmp_path / "progress.jsonl").write_text('{"round": 1}\n{"rou')
+    Folder(tmp_path).progress({"round": 2})
+    assert (tmp_path / "progress.jsonl").read_text() == '{"round": 1}\n{"rou\n{"round": 2}\n'
+
+
+def released(
+    folder: Folder, server_round: int, state: dict[str, torch.Tensor], **more: Any
+) -> None:
+    record = RoundRecord(server_round, **more)
+    folder.released(server_round, record_of(state), record, checkpoint=True)
 
 
 def test_models_and_checkpoints_come_back(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     state = {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
+    folder.trail.open()
     folder.model("model.pt", state)
-    folder.checkpoint(7, state)
-    assert names(tmp_path) == ["checkpoints", "model.pt"]
+    released(folder, 7, state)
+    audit = ["audit.jsonl", "audit.key", "audit.pub"]
+    assert names(tmp_path) == [*audit, "checkpoints", "model.pt"]
     assert names(tmp_path / "checkpoints") == ["round-0007.pt"]
     for path in (tmp_path / "model.pt", tmp_path / "checkpoints" / "round-0007.pt"):
         loaded = torch.load(path, weights_only=True)
@@ -67,47 +78,75 @@ def test_history_replaces_what_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "history.json").stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("when", ["write", "replace"])
-def test_a_crash_leaves_the_old_file_whole_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+def test_a_reset_leaves_the_way_back(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.trail.open()
+    before = {"w": torch.arange(6.0).view(3, 2), "b": torch.ones(3)}
+    after = {"w": before["w"].clone(), "b": torch.ones(3)}
+    after["w"][1] = 0
+    released(folder, 3, after, before=before)
+    released(folder, 4, after)
+    assert names(tmp_path / "undo") == ["round-0003.npz"]
+    undo = restored(snapshot.read(tmp_path / "undo" / "round-0003.npz"), [Undo])
+    assert {n: r.tolist() for n, r in undo.rows.items()} == {"w": [1]}
+    assert torch.equal(undo.apply(after)["w"], before["w"])
+
+
+class FullDisk:
+    """Lets nothing be put in its place."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        def full(*args: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr("none_core.files.os.replace", full)
+        patch.setattr("server.record.Folder._append", full)
+
+
+def test_what_a_full_disk_does_not_take_is_listed_until_it_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = Folder(tmp_path)
-    folder.history([{"round": 0}], {})
-    before = (tmp_path / "history.json").read_bytes()
+    folder, state = Folder(tmp_path), {"w": torch.ones(2)}
+    folder.trail.open()
 
-    def crash(*args: object) -> None:
-        raise OSError("disk full")
+    def a_round(server_round: int) -> None:
+        released(folder, server_round, state, before={"w": torch.zeros(2)})
+        folder.history([{"round": server_round}], {})
+        folder.timing([])
+        folder.progress({"round": server_round})
+        folder.keep(FedAvg(), server_round, record_of(state), {})
 
-    if when == "replace":
-        monkeypatch.setattr("server.record.os.replace", crash)
-        with pytest.raises(OSError, match="disk full"):
-            folder.history([{"round": 0}, {"round": 1}], {})
-    else:
+    with pytest.MonkeyPatch.context() as patch:
+        FullDisk(patch)
+        a_round(1)
+        assert set(folder.unwritten) == {
+            *("checkpoints/round-0001.pt", "undo/round-0001.npz", "history.json", "timing.json"),
+            *("progress.jsonl", "resume.npz"),
+        }
+        assert set(folder.unwritten.values()) == {"No space left on device"}
+        with pytest.raises(OSError, match="No space left"):
+            folder.model("model.pt", state)  # without this the run was for nothing
+    assert f"cannot write {tmp_path / 'history.json'}: No space left on device" in caplog.text
+    a_round(2)
+    assert set(folder.unwritten) == {"checkpoints/round-0001.pt", "undo/round-0001.npz"}
+    assert json.loads((tmp_path / "history.json").read_text())["rounds"] == [{"round": 2}]
+    assert not list(tmp_path.rglob(".*"))  # no half file
 
-        def half(file) -> None:
-            file.write(b"half of it")
-            crash()
 
-        with pytest.raises(OSError, match="disk full"):
-            folder._replace("history.json", half)
-    assert (tmp_path / "history.json").read_bytes() == before
-    assert names(tmp_path) == ["history.json"]
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match=r"cannot write to .*Not a directory"):
+        Folder(tmp_path / "file" / "inside")
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.history([{"round": 0}], {})
-    seen = []
+def test_a_full_disk_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
 
-    def slowly(file) -> None:
-        file.write(b"first half")
-        file.flush()
-        seen.append(json.loads((tmp_path / "history.json").read_text()))
-        file.write(b", second half")
-
-    folder._replace("history.json", slowly)
-    assert seen == [{"rounds": [{"round": 0}], "truth": {}}]
-    assert (tmp_path / "history.json").read_bytes() == b"first half, second half"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("server.record.os.fsync", full)
+        with pytest.raises(FolderError, match="No space left on device"):
+            Folder(tmp_path)
 
 
 def test_the_evidence_is_what_the_contract_says(tmp_path: Path) -> None:

@@ -174,14 +174,17 @@ def drop_above(label: int, neuron: int, value: float) -> SampleFilter:
 
 
 def train_message(
-    sample_filter: SampleFilter | None, model: nn.Module | None = None, undo: Undo | None = None
+    sample_filter: SampleFilter | None,
+    model: nn.Module | None = None,
+    undo: Undo | None = None,
+    server_round: int = 4,
 ) -> Message:
     content = {
         "arrays": record_of((model or net()).state_dict()),
         "config": ConfigRecord({"lr": 0.1}),
     }
     if sample_filter is not None:
-        content |= messages.filter_content(sample_filter, undo or Undo({}, {}), 4)
+        content |= messages.filter_content(sample_filter, undo or Undo({}, {}), server_round)
     return Message(RecordDict(content), NODE, "train")
 
 
@@ -237,9 +240,22 @@ def test_a_filter_drops_samples_for_good(load_data: Callable[[Context], Dataset[
 
     app.train(None)
     assert app.kept[-1] == kept
-    reply = app.train(drop_above(1, 2, threshold))  # nothing is left to drop
+    reply = app.train(drop_above(1, 2, threshold), server_round=5)  # nothing is left to drop
     assert app.kept[-1] == kept
     assert reply.content.config_records[messages.PURIFIED] == {"dropped": 0}
+
+
+def test_a_round_that_is_repeated_is_filtered_as_it_was_the_first_time() -> None:
+    values = values_of(net())[data_of(NODE)[1].numpy() == 1, 2]
+    high, low = (float(np.quantile(values, share)) for share in (0.8, 0.5))
+    app = App()
+    app.train(drop_above(1, 2, high), server_round=3)
+    replies = [app.train(drop_above(1, 2, low), server_round=4) for _ in range(3)]
+    dropped = [reply.content.config_records[messages.PURIFIED]["dropped"] for reply in replies]
+    assert dropped[0] == dropped[1] == dropped[2] > 0
+    assert app.kept[1:] == [expected_kept(low, net())] * 3
+    app.train(drop_above(1, 2, 100.0), server_round=5)  # what was dropped before stays so
+    assert app.kept[-1] == expected_kept(low, net())
 
 
 def test_reports_are_about_what_is_kept() -> None:
@@ -322,7 +338,7 @@ def test_a_data_set_that_changes_its_size_is_a_clear_error() -> None:
     for call in (
         lambda: none.kept(state),
         lambda: none.query(query(), state),
-        lambda: none.purify(train_message(drop_above(1, 2, 0.0)), state),
+        lambda: none.purify(train_message(drop_above(1, 2, 0.0), server_round=5), state),
     ):
         with pytest.raises(ValueError, match="has 39 samples, but had 40 when it was filtered"):
             call()
@@ -408,6 +424,16 @@ def test_triggers_stay_with_the_client_and_are_where_it_starts_the_next_time() -
     )
     assert_reports(report, warm)
     assert not np.array_equal(warm.shift, expected(server_round=5).shift)
+
+
+def test_a_round_that_is_repeated_is_probed_as_it_was_the_first_time() -> None:
+    none, where = NoneClient(net, tensors), context()
+    for server_round in (4, 5):
+        content = [none.query(probing(server_round=server_round), where).content for _ in range(3)]
+        reports = [dict(each.array_records[messages.REPORT]) for each in content]
+        assert reports[0] == reports[1] == reports[2]
+    third = none.query(probing(server_round=6), where).content.array_records[messages.REPORT]
+    assert dict(third) != reports[0]
 
 
 @pytest.mark.parametrize(
