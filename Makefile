@@ -79,5 +79,5 @@ $(PY):
 
 # Order-only: the interpreter is a link whose date says nothing about what is installed.
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --quiet -c constraints.txt -e ".[simulation,dev]"
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[simulation,privacy,dev]"
 	touch $@

@@ -46,9 +46,20 @@ class Folder:
         """Write a state dict."""
         self._replace(name, lambda file: torch.save(dict(state), file))
 
-    def history(self, rounds: list[dict[str, Any]], truth: Mapping[str, Any]) -> None:
-        """Write everything that was measured and repeats when the same seed is run again."""
-        text = json.dumps({"rounds": rounds, "truth": truth}, indent=1)
+    def history(
+        self,
+        rounds: list[dict[str, Any]],
+        truth: Mapping[str, Any],
+        privacy: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Write everything that was measured and repeats when the same seed is run again.
+
+        What clients say of their privacy is only there if one of them said something.
+        """
+        content = {"rounds": rounds, "truth": truth}
+        if privacy:
+            content["privacy"] = {str(client): privacy[client] for client in sorted(privacy)}
+        text = json.dumps(content, indent=1)
         self._replace("history.json", lambda file: file.write(text.encode()))
 
     def timing(self, rounds: list[dict[str, float]]) -> None:

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from none_core.activations import Report, ReportError, ReportSpec, decode_report
+from none_core.activations import STATISTICS, Report, ReportError, ReportSpec, decode_report
 from none_core.purification import SampleFilter
 from none_core.trigger_inversion import Probe, Triggers
 from none_core.undo import Undo
@@ -27,6 +27,11 @@ QUERY = "none.query"
 REPORT = "none.report"
 FILTER = "none.filter"
 PURIFIED = "none.purified"
+DECLINED = "none.declined"
+PRIVACY = "none.privacy"
+
+_MOST_NUMBER = 1e15  # that a client may say of itself
+_MOST_TEXT = 200  # characters of a text from outside that are shown
 
 
 def query_content(
@@ -88,6 +93,40 @@ def report_content(report: Report, query: ConfigRecord) -> RecordDict:
     """Answer a query."""
     fields = {name: Array(packed) for name, packed in report.encode().items()}
     return RecordDict({REPORT: ArrayRecord(fields), QUERY: ConfigRecord({"round": query["round"]})})
+
+
+def declined_content(reason: str) -> RecordDict:
+    """Answer a query by saying why there will be no report."""
+    return RecordDict({DECLINED: ConfigRecord({"reason": reason})})
+
+
+def read_declined(content: RecordDict) -> str | None:
+    """Read why a client does not report; None if it does not say that it declines."""
+    record = content.config_records.get(DECLINED)
+    if record is None:
+        return None
+    reason = record.get("reason")
+    return _printable(reason) if isinstance(reason, str) else "no reason given"
+
+
+def read_privacy(content: RecordDict) -> dict[str, Any] | None:
+    """Read what a client says that its answers cost; None if it says nothing, or nonsense."""
+    record: Any = content.config_records.get(PRIVACY)
+    if record is None:
+        return None
+    numbers = {name: record.get(name) for name in ("answers", "noise", "delta", "epsilon")}
+    withheld = record.get("withheld")
+    legal = all(
+        type(value) in (int, float) and 0 <= value < _MOST_NUMBER for value in numbers.values()
+    )
+    if not legal or not isinstance(withheld, list) or not set(withheld) <= set(STATISTICS):
+        return None
+    return {**numbers, "withheld": sorted(set(withheld))}
+
+
+def _printable(text: str) -> str:
+    """Shorten a text from outside to what may stand in a log line."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_MOST_TEXT])
 
 
 def read_report(
