@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks report|detect|round|stealth|all``."""
+"""The command line: ``python -m benchmarks report|detect|round|stealth|privacy|all``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ COSTS = ("report", "detect", "round")  # what "all" runs
 def main(argv: Sequence[str] | None = None) -> int:
     """Run benchmarks; a missed bar is shown, and is not an error."""
     arguments = _parser().parse_args(argv)
-    from benchmarks import detection, reports, rounds, stealth
+    from benchmarks import detection, privacy, reports, rounds, stealth
 
     benchmarks = {
         "report": lambda: reports.run(arguments.data_root),
         "detect": lambda: detection.run(arguments.clients),
         "round": lambda: rounds.run(arguments.data_root),
         "stealth": lambda: stealth.run(arguments.data_root, arguments.penalties),
+        "privacy": lambda: privacy.run(
+            arguments.run,
+            arguments.rounds,
+            arguments.noises,
+            arguments.delta,
+            arguments.seeds,
+            arguments.data_root,
+        ),
     }
     alone = arguments.name != "all"
     for name in [arguments.name] if alone else COSTS:
@@ -40,10 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "name",
-        choices=(*COSTS, "stealth", "all"),
+        choices=(*COSTS, "stealth", "privacy", "all"),
         help="report: building a report against a bare forward pass; detect: reading reports and "
         "detection on one core; round: a defended round against plain federated averaging; "
-        "all: these three; stealth: how near to honest updates the attack `adaptive` stays",
+        "all: these three; stealth: how near to honest updates the attack `adaptive` stays; "
+        "privacy: what `mixture` still finds in noisy reports",
     )
     parser.add_argument("--data-root", type=Path, help="folder that holds the data sets")
     parser.add_argument(
@@ -52,6 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--penalties", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0], help="for stealth"
     )
+    replay = parser.add_argument_group("for privacy")
+    replay.add_argument(
+        "--run", type=Path, default=Path("results/undefended"), help="a run with its checkpoints"
+    )
+    replay.add_argument("--rounds", type=int, nargs="+", default=[15, 30])
+    replay.add_argument("--noises", type=float, nargs="+", default=[0.0, 0.1, 0.3, 1.0, 3.0])
+    replay.add_argument("--delta", type=float, default=1e-5)
+    replay.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--out", type=Path, help="folder, or a .json file (default: results/bench/NAME.json)"
     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from none_core.activations import STATISTICS, Report, ReportError, ReportSpec, decode_report
 from none_core.purification import SampleFilter
+from none_core.refusal import shown
 from none_core.trigger_inversion import Probe, Triggers
 from none_core.undo import Undo
 
@@ -30,6 +31,7 @@ PURIFIED = "none.purified"
 DECLINED = "none.declined"
 PRIVACY = "none.privacy"
 
+MOST_RECORDS = 100  # in one reply
 _MOST_NUMBER = 1e15  # that a client may say of itself
 _MOST_TEXT = 200  # characters of a text from outside that are shown
 
@@ -139,6 +141,8 @@ def read_report(
     ReportError
         With sender, field and reason.
     """
+    if len(content) > MOST_RECORDS:
+        raise ReportError(sender, "report", f"holds {len(content)} records")
     record = content.array_records.get(REPORT)
     if record is None:
         raise ReportError(sender, f"record '{REPORT}'", "is missing")
@@ -150,7 +154,7 @@ def read_report(
     fields: dict[str, NDArray[Any]] = {}
     for name, array in record.items():
         if name not in sizes:
-            raise ReportError(sender, f"field {name!r:.60}", "was not asked for")
+            raise ReportError(sender, f"field {shown(name)}", "was not asked for")
         try:
             fields[name] = read_bytes(array, largest=sizes[name] + 1024)
         except ValueError as error:
@@ -224,11 +228,11 @@ def read_array(array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ND
         With the reason, as the rest of a sentence.
     """
     if array.stype != "numpy.ndarray":
-        raise ValueError(f"is serialised as {array.stype!r:.40}, not as numpy.ndarray")
+        raise ValueError(f"is serialised as {shown(array.stype)}, not as numpy.ndarray")
     if array.dtype != str(dtype):
-        raise ValueError(f"has dtype {array.dtype!r:.40}, not {dtype}")
+        raise ValueError(f"has dtype {shown(array.dtype)}, not {dtype}")
     if tuple(array.shape) != shape:
-        raise ValueError(f"has shape {tuple(array.shape)!s:.60}, not {shape}")
+        raise ValueError(f"has shape {_shape(array)}, not {shape}")
     for order in ("C", "F"):
         header = _npy_header(dtype.str, shape, order == "F")
         if array.data.startswith(header):
@@ -252,8 +256,15 @@ def read_bytes(array: Array, largest: int) -> NDArray[np.uint8]:
     if len(array.data) > largest:
         raise ValueError(f"holds {len(array.data)} bytes, more than the {largest} allowed")
     if len(array.shape) != 1 or not 0 <= array.shape[0] <= largest:
-        raise ValueError(f"has shape {tuple(array.shape)!s:.60}, not a flat one")
+        raise ValueError(f"has shape {_shape(array)}, not a flat one")
     return read_array(array, np.dtype(np.uint8), (int(array.shape[0]),))  # True is a number, too
+
+
+def _shape(array: Array) -> str:
+    """Write the shape that an array claims to have: any number of any numbers."""
+    if len(array.shape) > 8:
+        return f"of {len(array.shape)} dimensions"
+    return f"{tuple(array.shape)!s:.60}"
 
 
 @lru_cache(maxsize=1024)

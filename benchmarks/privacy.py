@@ -1,0 +1,141 @@
+"""What differential privacy costs `mixture`: whether it still finds who poisons their data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context, RecordDict
+
+from benchmarks.outcome import Outcome, Row
+from client import network
+from client.attacks import participant_of
+from client.participant import Settings
+from none_core.accounting import epsilon
+from none_core.activations import LABEL_HISTOGRAMS, Report, ReportSpec, build_report
+from none_core.detection import Detection, Mixture
+from none_core.privacy import Gaussian, build_private_report
+from simulations import results
+from simulations.config import build
+from tasks import data
+
+METHOD = (
+    "Replayed: the models of an undefended run are shown to its clients, malicious ones on their "
+    "poisoned data, whose reports carry noise of each multiplier; `mixture` reads them. Means over "
+    "the seeds of the noise. Epsilon, for the delta given, is that of one answer and of as many as "
+    "the run has rounds. Neurons: of those that it would reset in a round without noise, the share "
+    "that it names among as many with noise, where it says that the backdoor is alive at all."
+)
+MIN_COUNT = 5  # as the server's default
+BATCH = 500
+
+
+def run(
+    folder: Path,
+    rounds: Sequence[int],
+    noises: Sequence[float],
+    delta: float,
+    seeds: int,
+    data_root: Path | None = None,
+) -> Outcome:
+    """Replay some rounds of a run for each noise multiplier; 0 is no noise."""
+    torch.set_num_threads(1)
+    result = results.read(folder)
+    configuration = result["configuration"]
+    total = configuration["experiment"]["rounds"]
+    rows = []
+    for server_round in rounds:
+        clients = Clients(folder, configuration, server_round, data_root)
+        exact = clients.detection(0.0, 0)
+        asr = 100 * result["rounds"][server_round]["asr"]
+        for noise in noises:
+            found = [clients.detection(noise, seed) for seed in range(seeds if noise else 1)]
+            figures = _figures(found, exact, clients.malicious)
+            spent = [epsilon(noise, n, delta) if noise else None for n in (1, total)]
+            rows.append(
+                Row(
+                    f"round {server_round}, ASR {asr:.0f} %, noise {noise:g}",
+                    {"epsilon of one": spent[0], f"epsilon of {total}": spent[1], **figures},
+                )
+            )
+    name = f"privacy of {configuration['task']['dataset']}, delta {delta:g}"
+    return Outcome(name, METHOD, rows)
+
+
+class Clients:
+    """All participants of a run, asked about the model of one of its rounds."""
+
+    def __init__(
+        self,
+        folder: Path,
+        configuration: dict[str, Any],
+        server_round: int,
+        data_root: Path | None,
+    ) -> None:
+        where = {"run": {"data_root": str(data_root)}} if data_root else {}
+        experiment = build(_without_none(configuration) | where)
+        config = experiment.run_config()
+        file = folder / "checkpoints" / f"round-{server_round:04d}.pt"
+        self._settings = [
+            Settings.of(Context(1, p, {"partition-id": p}, RecordDict(), config))
+            for p in range(experiment.experiment.clients)
+        ]
+        first = self._settings[0]
+        self.malicious = frozenset(first.malicious)
+        self._model = network.build(first.task).eval()
+        self._model.load_state_dict(torch.load(file, weights_only=True))
+        self._neurons = network.neurons(first.task)
+        self._reader = self._neurons.reader(self._model)
+        labels = data.CLASSES[first.task.dataset]
+        self._spec = ReportSpec(self._neurons.size, labels, frozenset({LABEL_HISTOGRAMS}))
+
+    def detection(self, noise: float, seed: int) -> Detection:
+        """Return what `mixture` finds in everybody's reports."""
+        detector = Mixture()
+        layer_of = self._neurons.layer_of(np.arange(self._neurons.size))
+        summaries = {
+            s.partition_id: detector.summarise(self._report(s, noise, seed)) for s in self._settings
+        }
+        return detector.detect(summaries, layer_of)
+
+    def _report(self, settings: Settings, noise: float, seed: int) -> Report:
+        local = participant_of(settings).data(settings.is_malicious)
+        images = local.images.float().div_(255)
+        batches = zip(images.split(BATCH), local.labels.split(BATCH), strict=True)
+        if not noise:
+            return build_report(
+                self._model, self._neurons, batches, self._spec, MIN_COUNT, self._reader
+            )
+        mechanism = Gaussian(noise, np.random.default_rng([seed, settings.partition_id]))
+        return build_private_report(
+            self._model, self._neurons, batches, self._spec, mechanism, MIN_COUNT, self._reader
+        )
+
+
+def _figures(
+    found: Sequence[Detection], exact: Detection, malicious: frozenset[int]
+) -> dict[str, float | None]:
+    suspects = [{s.client for s in each.suspicions} for each in found]
+    number = len(exact.compromised)
+    shares = [
+        len(np.intersect1d(each.compromised[:number], exact.compromised)) / number
+        for each in found
+        if number and each.alive
+    ]
+    return {
+        f"found of {len(malicious)}": float(np.mean([len(s & malicious) for s in suspects])),
+        "honest suspected": float(np.mean([len(s - malicious) for s in suspects])),
+        "alive": float(np.mean([each.alive for each in found])),
+        "neurons": float(np.mean(shares)) if shares else None,
+    }
+
+
+def _without_none(sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """TOML knows no null: what is left out is the default."""
+    return {
+        name: {key: value for key, value in keys.items() if value is not None}
+        for name, keys in sections.items()
+    }
