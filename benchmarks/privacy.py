@@ -17,7 +17,7 @@ from client.participant import Settings
 from none_core.accounting import epsilon
 from none_core.activations import LABEL_HISTOGRAMS, Report, ReportSpec, build_report
 from none_core.detection import Detection, Mixture
-from none_core.privacy import Gaussian, build_private_report
+from none_core.privacy import Gaussian, Samples, private_report, read_samples
 from simulations import results
 from simulations.config import build
 from tasks import data
@@ -79,40 +79,44 @@ class Clients:
         experiment = build(_without_none(configuration) | where)
         config = experiment.run_config()
         file = folder / "checkpoints" / f"round-{server_round:04d}.pt"
-        self._settings = [
+        settings = [
             Settings.of(Context(1, p, {"partition-id": p}, RecordDict(), config))
             for p in range(experiment.experiment.clients)
         ]
-        first = self._settings[0]
-        self.malicious = frozenset(first.malicious)
-        self._model = network.build(first.task).eval()
-        self._model.load_state_dict(torch.load(file, weights_only=True))
-        self._neurons = network.neurons(first.task)
-        self._reader = self._neurons.reader(self._model)
-        labels = data.CLASSES[first.task.dataset]
-        self._spec = ReportSpec(self._neurons.size, labels, frozenset({LABEL_HISTOGRAMS}))
+        task = settings[0].task
+        self.malicious = frozenset(settings[0].malicious)
+        model = network.build(task).eval()
+        model.load_state_dict(torch.load(file, weights_only=True))
+        neurons = network.neurons(task)
+        reader = neurons.reader(model)
+        self._layer_of = neurons.layer_of(np.arange(neurons.size))
+        labels = data.CLASSES[task.dataset]
+        self._spec = ReportSpec(neurons.size, labels, frozenset({LABEL_HISTOGRAMS}))
+        self._exact: list[Report] = []
+        self._samples: list[Samples] = []
+        for each in settings:
+            local = participant_of(each).data(each.is_malicious)
+            images = local.images.float().div_(255).split(BATCH)
+            batches = list(zip(images, local.labels.split(BATCH), strict=True))
+            report = build_report(model, neurons, batches, self._spec, MIN_COUNT, reader)
+            self._exact.append(report)
+            self._samples.append(read_samples(reader, batches))
 
     def detection(self, noise: float, seed: int) -> Detection:
         """Return what `mixture` finds in everybody's reports."""
         detector = Mixture()
-        layer_of = self._neurons.layer_of(np.arange(self._neurons.size))
         summaries = {
-            s.partition_id: detector.summarise(self._report(s, noise, seed)) for s in self._settings
+            client: detector.summarise(self._report(client, noise, seed))
+            for client in range(len(self._exact))
         }
-        return detector.detect(summaries, layer_of)
+        return detector.detect(summaries, self._layer_of)
 
-    def _report(self, settings: Settings, noise: float, seed: int) -> Report:
-        local = participant_of(settings).data(settings.is_malicious)
-        images = local.images.float().div_(255)
-        batches = zip(images.split(BATCH), local.labels.split(BATCH), strict=True)
+    def _report(self, client: int, noise: float, seed: int) -> Report:
         if not noise:
-            return build_report(
-                self._model, self._neurons, batches, self._spec, MIN_COUNT, self._reader
-            )
-        mechanism = Gaussian(noise, np.random.default_rng([seed, settings.partition_id]))
-        return build_private_report(
-            self._model, self._neurons, batches, self._spec, mechanism, MIN_COUNT, self._reader
-        )
+            return self._exact[client]
+        mechanism = Gaussian(noise, np.random.default_rng([seed, client]))
+        samples = self._samples[client]
+        return private_report(samples, self._layer_of, self._spec, mechanism, MIN_COUNT)
 
 
 def _figures(

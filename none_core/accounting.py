@@ -9,7 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 # Orders at which the Renyi divergence is turned into epsilon; the best of them counts.
-_ORDERS = [*(1 + x / 10 for x in range(1, 100)), *range(11, 64), *range(64, 1025, 16)]
+_ORDERS = [
+    *(1 + x / 100 for x in range(1, 20)),
+    *(1 + x / 10 for x in range(2, 100)),
+    *range(11, 64),
+    *range(64, 1025, 16),
+]
 
 
 class AccountantMissing(ImportError):  # noqa: N818 (a missing part, not a failure of ours)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
-from torch import Tensor, nn
+from torch import Tensor
 
 from none_core.activations import (
     LABEL_HISTOGRAMS,
@@ -28,7 +28,7 @@ from none_core.activations import (
     ReportSpec,
     spatial_maximum,
 )
-from none_core.neurons import NeuronMap, Reader
+from none_core.neurons import Reader
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -93,30 +93,16 @@ class Gaussian:
         return noisy
 
 
-def build_private_report(
-    model: nn.Module,
-    neuron_map: NeuronMap,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    spec: ReportSpec,
-    mechanism: Gaussian,
-    min_count: int = 1,
-    reader: Reader | None = None,
-) -> Report:
-    """Run ``model`` over ``batches`` once and report its neurons under differential privacy.
-
-    The values of all samples are held in memory, 4 J bytes for each.
+def read_samples(reader: Reader, batches: Iterable[tuple[Tensor, Tensor]]) -> Samples:
+    """Run a model over ``batches`` once; all values are held in memory, 4 J bytes a sample.
 
     Parameters
     ----------
-    model : nn.Module
-        In evaluation mode.
-    neuron_map, batches, spec, reader
-        As for :func:`~none_core.activations.build_report`.
-    mechanism : Gaussian
-    min_count : int
-        Labels with a smaller *noisy* count are left out.
+    reader : callable
+        ``neuron_map.reader(model)``, of a model in evaluation mode.
+    batches : iterable of (inputs, labels)
+        At least one.
     """
-    reader = reader or neuron_map.reader(model)
     values, labels, right = [], [], []
     with torch.inference_mode():
         for inputs, targets in batches:
@@ -124,11 +110,7 @@ def build_private_report(
             values.append(spatial_maximum(reads).cpu())
             labels.append(targets.cpu())
             right.append((logits.argmax(1) == targets).cpu())
-    samples = Samples(
-        torch.cat(values).numpy(), torch.cat(labels).numpy(), torch.cat(right).numpy()
-    )
-    layer_of = neuron_map.layer_of(np.arange(neuron_map.size))
-    return private_report(samples, layer_of, spec, mechanism, min_count)
+    return Samples(torch.cat(values).numpy(), torch.cat(labels).numpy(), torch.cat(right).numpy())
 
 
 def private_report(
@@ -202,13 +184,10 @@ def _moments(
     factors = np.divide(clipped, lengths * bounds, out=np.zeros_like(clipped), where=lengths > 0)
     units = values * factors[:, layer_of]
 
-    sums = np.zeros((len(counts), len(layer_of)))
-    np.add.at(sums, samples.labels, units)
-    squares = np.zeros((len(counts), layers))
-    np.add.at(squares, samples.labels, (clipped / bounds) ** 2)
+    of_label = np.eye(len(counts))[samples.labels].T  # (K, n)
     sensitivity = math.sqrt(layers)
-    sums = mechanism.released(sums, sensitivity, _MEANS)
-    squares = mechanism.released(squares, sensitivity, _SQUARES)
+    sums = mechanism.released(of_label @ units, sensitivity, _MEANS)
+    squares = mechanism.released(of_label @ (clipped / bounds) ** 2, sensitivity, _SQUARES)
 
     number = np.maximum(counts, 1)[:, None]
     error = (mechanism.deviation(sensitivity, _MEANS) / number) ** 2  # of a mean, (K, 1)

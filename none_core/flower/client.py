@@ -17,7 +17,7 @@ from none_core.activations import TRIGGER_SHIFT, build_report, spatial_maximum
 from none_core.flower import messages
 from none_core.flower.policy import ReportPolicy
 from none_core.neurons import NeuronMap, Reader
-from none_core.privacy import PRIVATE, Gaussian, build_private_report
+from none_core.privacy import PRIVATE, Gaussian, private_report, read_samples
 from none_core.trigger_inversion import Finding, Probe, Triggers, probe_model
 
 _STATE = "none.kept"  # where the client's own state remembers which samples it trains on
@@ -107,9 +107,9 @@ class NoneClient:
         if policy.noise:
             cost = {**policy.spend(context), "withheld": sorted(spec.statistics - PRIVATE)}
             mechanism = Gaussian(policy.noise, self.noise(context))
-            report = build_private_report(
-                model, neuron_map, samples, spec, mechanism, min_count, reader
-            )
+            layer_of = neuron_map.layer_of(np.arange(neuron_map.size))
+            seen = read_samples(reader, samples)
+            report = private_report(seen, layer_of, spec, mechanism, min_count)
         else:
             report = build_report(model, neuron_map, samples, spec, min_count, reader)
         probe = messages.read_probe(message.content)

@@ -26,9 +26,9 @@ from none_core.neurons import NeuronMap
 from none_core.privacy import (
     Gaussian,
     Samples,
-    build_private_report,
     most_bits,
     private_report,
+    read_samples,
 )
 
 LAYER_OF = np.array([0, 0, 0, 1, 1])
@@ -229,7 +229,8 @@ def test_it_reads_the_same_values_as_an_ordinary_report() -> None:
     inputs, labels = torch.randn(400, 3), torch.arange(400) % 3
     batches = list(zip(inputs.split(64), labels.split(64), strict=True))
     mechanism = Gaussian(1e-4, np.random.default_rng(0))
-    private = build_private_report(model, neurons, batches, SPEC, mechanism)
+    samples = read_samples(neurons.reader(model), batches)
+    private = private_report(samples, neurons.layer_of(np.arange(5)), SPEC, mechanism)
     exact = build_report(model, neurons, batches, SPEC)
     np.testing.assert_array_equal(private.counts, exact.counts)
     assert private.accuracy == exact.accuracy
