@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks report|detect|round|stealth|privacy|all``."""
+"""The command line: ``python -m benchmarks report|detect|round|stealth|privacy|exposure|all``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "detect": lambda: detection.run(arguments.clients),
         "round": lambda: rounds.run(arguments.data_root),
         "stealth": lambda: stealth.run(arguments.data_root, arguments.penalties),
+        "exposure": lambda: privacy.expose(arguments.run, arguments.data_root),
         "privacy": lambda: privacy.run(
             arguments.run,
             arguments.rounds,
@@ -48,11 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "name",
-        choices=(*COSTS, "stealth", "privacy", "all"),
+        choices=(*COSTS, "stealth", "privacy", "exposure", "all"),
         help="report: building a report against a bare forward pass; detect: reading reports and "
         "detection on one core; round: a defended round against plain federated averaging; "
         "all: these three; stealth: how near to honest updates the attack `adaptive` stays; "
-        "privacy: what `mixture` still finds in noisy reports",
+        "privacy: what `mixture` still finds in noisy reports; exposure: what a report can say",
     )
     parser.add_argument("--data-root", type=Path, help="folder that holds the data sets")
     parser.add_argument(
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--penalties", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0], help="for stealth"
     )
-    replay = parser.add_argument_group("for privacy")
+    replay = parser.add_argument_group("for privacy and exposure")
     replay.add_argument(
         "--run", type=Path, default=Path("results/undefended"), help="a run with its checkpoints"
     )

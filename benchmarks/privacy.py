@@ -1,8 +1,10 @@
-"""What differential privacy costs `mixture`: whether it still finds who poisons their data."""
+"""What a report can give away, and what differential privacy costs `mixture`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,18 @@ from client import network
 from client.attacks import participant_of
 from client.participant import Settings
 from none_core.accounting import epsilon
-from none_core.activations import LABEL_HISTOGRAMS, Report, ReportSpec, build_report
+from none_core.activations import (
+    LABEL_HISTOGRAMS,
+    STATISTICS,
+    TRIGGER_SHIFT,
+    Report,
+    ReportSpec,
+    build_report,
+)
 from none_core.detection import Detection, Mixture
-from none_core.privacy import Gaussian, Samples, private_report, read_samples
+from none_core.privacy import Gaussian, Samples, most_bits, private_report, read_samples
 from simulations import results
-from simulations.config import build
+from simulations.config import build as experiment_of
 from tasks import data
 
 METHOD = (
@@ -28,6 +37,12 @@ METHOD = (
     "the seeds of the noise. Epsilon, for the delta given, is that of one answer and of as many as "
     "the run has rounds. Neurons: of those that it would reset in a round without noise, the share "
     "that it names among as many with noise, where it says that the backdoor is alive at all."
+)
+EXPOSURE = (
+    "One client's report on its samples, by the model of the run's last round, for each statistic "
+    "alone (predictions are always sent). Bytes as sent; bits at most: what the numbers could say "
+    "beside how many samples each label has, by `none_core.privacy.most_bits`. The numbers of "
+    "trigger-shift are drawn at random here: their size does not depend on them."
 )
 MIN_COUNT = 5  # as the server's default
 BATCH = 500
@@ -65,6 +80,26 @@ def run(
     return Outcome(name, METHOD, rows)
 
 
+def expose(folder: Path, data_root: Path | None = None) -> Outcome:
+    """Measure the size of each statistic, and bound what it can say."""
+    torch.set_num_threads(1)
+    configuration = results.read(folder)["configuration"]
+    clients = Clients(folder, configuration, configuration["experiment"]["rounds"], data_root)
+    rows = []
+    for names in ((), *((name,) for name in STATISTICS), STATISTICS):
+        report = clients.report_of_first(frozenset(names))
+        number = int(report.counts.sum())
+        bits = sum(most_bits(report.spec, report.counts).values())
+        size = sum(array.size for array in report.encode().values())
+        rows.append(
+            Row(
+                f"{' + '.join(names) or 'predictions alone'}, {number} samples",
+                {"bytes": size, "bits at most": round(bits), "a sample": bits / number},
+            )
+        )
+    return Outcome(f"exposure by {configuration['task']['dataset']}", EXPOSURE, rows)
+
+
 class Clients:
     """All participants of a run, asked about the model of one of its rounds."""
 
@@ -76,7 +111,7 @@ class Clients:
         data_root: Path | None,
     ) -> None:
         where = {"run": {"data_root": str(data_root)}} if data_root else {}
-        experiment = build(_without_none(configuration) | where)
+        experiment = experiment_of(_without_none(configuration) | where)
         config = experiment.run_config()
         file = folder / "checkpoints" / f"round-{server_round:04d}.pt"
         settings = [
@@ -94,12 +129,14 @@ class Clients:
         self._spec = ReportSpec(neurons.size, labels, frozenset({LABEL_HISTOGRAMS}))
         self._exact: list[Report] = []
         self._samples: list[Samples] = []
+        self._first: Callable[[ReportSpec], Report] | None = None
         for each in settings:
             local = participant_of(each).data(each.is_malicious)
             images = local.images.float().div_(255).split(BATCH)
             batches = list(zip(images, local.labels.split(BATCH), strict=True))
-            report = build_report(model, neurons, batches, self._spec, MIN_COUNT, reader)
-            self._exact.append(report)
+            build = partial(build_report, model, neurons, batches, min_count=MIN_COUNT)
+            self._first = self._first or build
+            self._exact.append(build(self._spec))
             self._samples.append(read_samples(reader, batches))
 
     def detection(self, noise: float, seed: int) -> Detection:
@@ -110,6 +147,17 @@ class Clients:
             for client in range(len(self._exact))
         }
         return detector.detect(summaries, self._layer_of)
+
+    def report_of_first(self, statistics: frozenset[str]) -> Report:
+        """Return what the first client reports if these statistics are asked for."""
+        assert self._first is not None
+        report = self._first(replace(self._spec, statistics=statistics))
+        if TRIGGER_SHIFT not in statistics:
+            return report
+        rng, labels = np.random.default_rng(0), self._spec.labels
+        shares = rng.uniform(size=(2, labels))
+        shift = rng.normal(size=(labels, self._spec.neurons))
+        return report.with_trigger_shift(np.ones(labels, dtype=bool), *shares, shift)
 
     def _report(self, client: int, noise: float, seed: int) -> Report:
         if not noise:

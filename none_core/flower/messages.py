@@ -104,8 +104,8 @@ def declined_content(reason: str) -> RecordDict:
 
 def read_declined(content: RecordDict) -> str | None:
     """Read why a client does not report; None if it does not say that it declines."""
-    record = content.config_records.get(DECLINED)
-    if record is None:
+    record = content.get(DECLINED)
+    if not isinstance(record, ConfigRecord):
         return None
     reason = record.get("reason")
     return _printable(reason) if isinstance(reason, str) else "no reason given"
@@ -113,8 +113,8 @@ def read_declined(content: RecordDict) -> str | None:
 
 def read_privacy(content: RecordDict) -> dict[str, Any] | None:
     """Read what a client says that its answers cost; None if it says nothing, or nonsense."""
-    record: Any = content.config_records.get(PRIVACY)
-    if record is None:
+    record: Any = content.get(PRIVACY)
+    if not isinstance(record, ConfigRecord):
         return None
     numbers = {name: record.get(name) for name in ("answers", "noise", "delta", "epsilon")}
     withheld = record.get("withheld")
@@ -143,11 +143,10 @@ def read_report(
     """
     if len(content) > MOST_RECORDS:
         raise ReportError(sender, "report", f"holds {len(content)} records")
-    record = content.array_records.get(REPORT)
-    if record is None:
+    record, echo = content.get(REPORT), content.get(QUERY)
+    if not isinstance(record, ArrayRecord):
         raise ReportError(sender, f"record '{REPORT}'", "is missing")
-    echo = content.config_records.get(QUERY)
-    answered = None if echo is None else echo.get("round")
+    answered = echo.get("round") if isinstance(echo, ConfigRecord) else None
     if answered != server_round:
         raise ReportError(sender, "round", f"is {_shown(answered)}, not {server_round}")
     sizes = {name: 8 * int(np.prod(shape)) for name, (_, shape) in spec.fields().items()}
