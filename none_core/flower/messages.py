@@ -113,17 +113,19 @@ def read_declined(content: RecordDict) -> str | None:
 
 def read_privacy(content: RecordDict) -> dict[str, Any] | None:
     """Read what a client says that its answers cost; None if it says nothing, or nonsense."""
-    record: Any = content.get(PRIVACY)
+    record = content.get(PRIVACY)
     if not isinstance(record, ConfigRecord):
         return None
-    numbers = {name: record.get(name) for name in ("answers", "noise", "delta", "epsilon")}
+    said: dict[str, Any] = {n: record.get(n) for n in ("answers", "noise", "delta", "epsilon")}
+    for value in said.values():
+        if type(value) not in (int, float) or not 0 <= value < _MOST_NUMBER:
+            return None
     withheld = record.get("withheld")
-    legal = all(
-        type(value) in (int, float) and 0 <= value < _MOST_NUMBER for value in numbers.values()
-    )
-    if not legal or not isinstance(withheld, list) or not set(withheld) <= set(STATISTICS):
+    if not isinstance(withheld, list) or len(withheld) > len(STATISTICS):
         return None
-    return {**numbers, "withheld": sorted(set(withheld))}
+    if not set(withheld) <= set(STATISTICS):
+        return None
+    return {**said, "withheld": [name for name in STATISTICS if name in withheld]}
 
 
 def _printable(text: str) -> str:

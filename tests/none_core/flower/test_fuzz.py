@@ -167,7 +167,7 @@ def odd_bytes(draw: st.DrawFn) -> Change:
 
 
 ANYWHERE = st.lists(st.one_of(flood(), odd_entry(), odd_bytes()), min_size=1, max_size=3)
-HOSTILE_TRAIN = st.one_of(TRAIN, ANYWHERE, st.tuples(TRAIN, ANYWHERE).map(lambda p: p[1] + p[0]))
+HOSTILE_TRAIN = st.one_of(TRAIN, ANYWHERE, st.tuples(TRAIN, ANYWHERE).map(lambda p: p[0] + p[1]))
 HOSTILE_REPORT = st.one_of(REPORT, ANYWHERE)
 
 
