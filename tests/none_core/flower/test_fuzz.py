@@ -12,6 +12,7 @@ import math
 import os
 import time
 import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -25,7 +26,14 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from hypothesis import HealthCheck, given, seed, settings
 
-from none_core.activations import MOST_SHIFT, STATISTICS, HistogramGrid, Report, ReportSpec
+from none_core.activations import (
+    MOST_SHIFT,
+    STATISTICS,
+    HistogramGrid,
+    Report,
+    ReportSpec,
+    decode_report,
+)
 from none_core.flower import messages
 from none_core.flower.messages import record_of
 from none_core.flower.validation import admit, template_of
@@ -342,3 +350,75 @@ def test_a_hundred_thousand_inputs(lot: int) -> None:
 def test_the_unchanged_inputs_are_let_in() -> None:
     assert try_train(train_content(HOSTILE))
     assert try_report(report_content(HOSTILE, report_query()))
+
+
+# --- what is gigantic -----------------------------------------------------------------------------
+
+MANY = 20_000_000
+
+GIGANTIC: dict[str, Change] = {
+    "a name": lambda c: c["arrays"].__setitem__("\x00" * MANY, Array(np.zeros(1))),
+    "a dtype": lambda c: c["arrays"].__setitem__(
+        NAMES[0], Array("\x00" * MANY, (1,), "numpy.ndarray", b"")
+    ),
+    "a serialisation": lambda c: c["arrays"].__setitem__(
+        NAMES[0], Array(str(TEMPLATE[NAMES[0]][0]), (1,), "\x00" * MANY, b"")
+    ),
+    "a shape": lambda c: c["arrays"].__setitem__(
+        NAMES[0], Array(str(TEMPLATE[NAMES[0]][0]), (1,) * MANY, "numpy.ndarray", b"")
+    ),
+    "an array": lambda c: c["arrays"].__setitem__(NAMES[0], Array(np.zeros(MANY, np.float32))),
+    "a list of numbers": lambda c: c["metrics"].__setitem__("curve", [0.5] * (MANY // 4)),
+    "a metric's name": lambda c: c["metrics"].__setitem__("\x00" * MANY, 1.0),
+    "a record's name": lambda c: c.__setitem__("\x00" * MANY, MetricRecord()),
+    "a number of records": lambda c: c.update({str(i): ConfigRecord() for i in range(10**5)}),
+    "a number of arrays": lambda c: c["arrays"].update(
+        dict.fromkeys(map(str, range(10**5)), Array(np.zeros(1)))
+    ),
+    "a number of metrics": lambda c: c["metrics"].update(dict.fromkeys(map(str, range(10**5)), 1)),
+}
+
+
+@pytest.mark.parametrize("what", GIGANTIC)
+def test_what_is_gigantic_in_a_train_reply_is_refused_at_once(what: str) -> None:
+    assert not try_train(changed(train_content(HOSTILE), [GIGANTIC[what]]))
+
+
+IN_REPORTS: dict[str, Change] = {
+    "a field": lambda c: c[messages.REPORT].__setitem__(FIELDS[0], Array(np.zeros(MANY, np.uint8))),
+    "a field's shape": lambda c: c[messages.REPORT].__setitem__(
+        FIELDS[0], Array("uint8", (1,) * MANY, "numpy.ndarray", b"")
+    ),
+    "a field's name": lambda c: c[messages.REPORT].__setitem__("\x00" * MANY, Array(np.zeros(1))),
+    "a bomb": lambda c: c[messages.REPORT].__setitem__(
+        FIELDS[0],
+        Array(np.frombuffer(b"\x01" + zlib.compress(bytes(50 * MANY)), np.uint8)[:400]),
+    ),
+    "a round": lambda c: c[messages.QUERY].__setitem__("round", "\x00" * MANY),
+    "a reason": lambda c: c.__setitem__(
+        messages.DECLINED, ConfigRecord({"reason": "\x00" * MANY, "round": b"\x00" * MANY})
+    ),
+    "a claim": lambda c: c.__setitem__(
+        messages.PRIVACY, ConfigRecord({"epsilon": [1.0] * (MANY // 4), "withheld": [""] * MANY})
+    ),
+    "a number of records": lambda c: c.update({str(i): ConfigRecord() for i in range(10**5)}),
+}
+
+
+@pytest.mark.parametrize("what", IN_REPORTS)
+def test_what_is_gigantic_in_a_report_costs_nothing(what: str) -> None:
+    let_in = try_report(changed(report_content(HOSTILE, report_query()), [IN_REPORTS[what]]))
+    # Those that are told apart by name alone are noted, or not, beside the report.
+    assert let_in == (what in ("a reason", "a claim"))
+
+
+def test_the_largest_report_about_the_small_mnist_network_fits() -> None:
+    spec = ReportSpec(570, 10, frozenset(STATISTICS))
+    number = (1 << 24) + 1  # of samples: the histograms need all four bytes of their numbers
+    arrays = {n: np.zeros(shape, np.int64) for n, (_, shape) in spec.fields().items()}
+    arrays["predictions"][:, 0] = number
+    arrays["histograms"][..., 40] = number
+    arrays["confident_max"] = np.full((10, 570), -np.inf)
+    fields = Report(spec, arrays).encode()
+    report = tried(lambda: decode_report(fields, spec, sender="x", max_samples=20 * number))
+    assert (report.counts == number).all()
