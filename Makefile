@@ -7,6 +7,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/.installed
 EXPERIMENT := simulations/experiments/dba-mnist5k.toml
 MATRIX := simulations/experiments/matrix-small.toml
+ROOMS := none_core tasks client server simulations benchmarks
 WITH_DATA = $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
 
 # What the tools would otherwise write into the home folder, ask the network for, or report.
@@ -22,7 +23,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: help simulate bars matrix test lint bench clean
+.PHONY: help simulate bars matrix test lint audit fuzz bench clean
 
 help:
 	@echo "make simulate   the attack without and with the defence, and a comparison, into results/"
@@ -32,6 +33,10 @@ help:
 	@echo "                (half an hour); MATRIX=simulations/experiments/matrix.toml for all of it"
 	@echo "make test       lint, types and tests"
 	@echo "make lint       ruff and mypy"
+	@echo "make audit      known weaknesses in the code (bandit) and in what it uses (pip-audit, if there"
+	@echo "                is a network)"
+	@echo "make fuzz       a hundred thousand hostile messages (about an hour); others for another"
+	@echo "                FUZZ_SEED=number"
 	@echo "make bench      time and memory of the defence, into results/bench"
 	@echo "make clean      remove the environment, builds and caches; results/ is kept"
 
@@ -58,6 +63,14 @@ lint: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+audit: $(INSTALLED)
+	$(PY) -m bandit --quiet --configfile pyproject.toml --recursive $(ROOMS)
+	$(PY) .ci/audit.py constraints.txt
+
+export FUZZ_SEED ?= 0
+fuzz: $(INSTALLED)
+	$(PY) -m pytest -m slow -rP tests/none_core/flower/test_fuzz.py
+
 bench: $(INSTALLED)
 	$(PY) -m benchmarks all --out results/bench
 
@@ -79,5 +92,5 @@ $(PY):
 
 # Order-only: the interpreter is a link whose date says nothing about what is installed.
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
-	$(PY) -m pip install --quiet -c constraints.txt -e ".[simulation,dev]"
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[simulation,privacy,dev]"
 	touch $@

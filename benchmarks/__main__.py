@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks report|detect|round|probes|stealth|all``."""
+"""The command line: ``python -m benchmarks NAME``, or ``all`` for what tells the costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COSTS = ("report", "detect", "round")  # what "all" runs
 def main(argv: Sequence[str] | None = None) -> int:
     """Run benchmarks; a missed bar is shown, and is not an error."""
     arguments = _parser().parse_args(argv)
-    from benchmarks import detection, probes, reports, rounds, stealth
+    from benchmarks import detection, privacy, probes, reports, rounds, stealth
 
     benchmarks = {
         "report": lambda: reports.run(arguments.data_root),
@@ -27,6 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "round": lambda: rounds.run(arguments.data_root),
         "probes": lambda: probes.run(arguments.data_root),
         "stealth": lambda: stealth.run(arguments.data_root, arguments.penalties),
+        "exposure": lambda: privacy.expose(arguments.run, arguments.data_root),
+        "privacy": lambda: privacy.run(
+            arguments.run,
+            arguments.rounds,
+            arguments.noises,
+            arguments.delta,
+            arguments.seeds,
+            arguments.data_root,
+        ),
     }
     alone = arguments.name != "all"
     for name in [arguments.name] if alone else COSTS:
@@ -41,11 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "name",
-        choices=(*COSTS, "probes", "stealth", "all"),
+        choices=(*COSTS, "probes", "stealth", "privacy", "exposure", "all"),
         help="report: building a report against a bare forward pass; detect: reading reports and "
         "detection on one core; round: a defended round against plain federated averaging; "
         "all: these three; probes: how well trigger inversion sees for its cost; "
-        "stealth: how near to honest updates the attack `adaptive` stays",
+        "stealth: how near to honest updates the attack `adaptive` stays; "
+        "privacy: what `mixture` still finds in noisy reports; exposure: what a report can say",
     )
     parser.add_argument("--data-root", type=Path, help="folder that holds the data sets")
     parser.add_argument(
@@ -54,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--penalties", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0], help="for stealth"
     )
+    replay = parser.add_argument_group("for privacy and exposure")
+    replay.add_argument(
+        "--run", type=Path, default=Path("results/undefended"), help="a run with its checkpoints"
+    )
+    replay.add_argument("--rounds", type=int, nargs="+", default=[15, 30])
+    replay.add_argument("--noises", type=float, nargs="+", default=[0.0, 0.1, 0.3, 1.0, 3.0])
+    replay.add_argument("--delta", type=float, default=1e-5)
+    replay.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--out", type=Path, help="folder, or a .json file (default: results/bench/NAME.json)"
     )

@@ -132,7 +132,7 @@ def _cell(
 
 def _content(file: Path) -> RecordDict:
     """Return a client's reply as it arrives."""
-    with np.load(file) as fields:
+    with np.load(file, allow_pickle=False) as fields:
         record = ArrayRecord({name: Array(array) for name, array in fields.items()})
     return RecordDict({REPORT: record, QUERY: ConfigRecord({"round": 1})})
 

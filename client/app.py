@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,6 +17,7 @@ from client.participant import LocalData, Settings, State
 from none_core.flower import NoneClient
 from none_core.flower.client import CallNext
 from none_core.flower.messages import MESSAGE_TYPE, record_of, state_of, without_filter
+from none_core.flower.policy import PREFIX, answers
 from tasks.config import TaskConfig
 
 
@@ -88,4 +90,15 @@ def _none(task: TaskConfig) -> NoneClient:
         lambda: network.build(task).to(memory_format=torch.channels_last),
         _current_dataset,
         prepare=lambda images: images.float().div_(255),
+        noise=_noise,
     )
+
+
+def _noise(context: Context) -> np.random.Generator:
+    """Draw noise that repeats for a seed, unless the node itself asks for privacy.
+
+    The seed is known to whoever starts the run: noise from it is for measuring what noise does.
+    """
+    if any(key.startswith(PREFIX) for key in context.node_config):
+        return np.random.default_rng()
+    return Settings.of(context).noise_rng(answers(context))

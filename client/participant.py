@@ -29,7 +29,7 @@ State = Mapping[str, Tensor]  # a model's state dict
 Reply = Callable[[Message, Context], Message]  # what answers a message for a participant
 
 # Streams of random numbers that one experiment's seed is split into.
-_PARTITION, _POISON, _TRAINING, _SUBSET = 10, 11, 12, 13
+_PARTITION, _POISON, _TRAINING, _SUBSET, _NOISE = 10, 11, 12, 13, 14
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class Settings:
     def poison_rng(self) -> np.random.Generator:
         """Random numbers by which it chooses what to poison: the same in every round."""
         return np.random.default_rng([self.experiment.seed, _POISON, self.partition_id])
+
+    def noise_rng(self, answer: int) -> np.random.Generator:
+        """Random numbers for the noise of its answers, each of which has its own."""
+        return np.random.default_rng([self.experiment.seed, _NOISE, self.partition_id, answer])
 
 
 @dataclass(frozen=True, eq=False)

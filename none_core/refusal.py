@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_MOST_SHOWN = 60  # characters of a text from outside that a message shows
+
+
+def shown(text: str) -> str:
+    """Quote the beginning of a text from outside; all of it could be as long as a message."""
+    return repr(text[:_MOST_SHOWN])[:_MOST_SHOWN]
+
 
 class Refusal(ValueError):  # noqa: N818 (a refusal is normal here, not an error of ours)
     """Something from a client that was not let in.

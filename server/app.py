@@ -259,7 +259,10 @@ class Run:
             else malicious_clients(self.experiment.clients, attack.malicious, self.experiment.seed)
         )
         poisoned = sum(t["poisoned"] for t in self.grid.truth.values())
-        self.folder.history(self.rounds, {"malicious": list(malicious), "poisoned": poisoned})
+        truth = {"malicious": list(malicious), "poisoned": poisoned}
+        partition_of = self.grid.partition_of
+        privacy = {partition_of.get(n, n): said for n, said in self.grid.privacy.items()}
+        self.folder.history(self.rounds, truth, privacy)
         self.folder.timing(self.timing)
 
     def _build(self) -> nn.Module:

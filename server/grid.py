@@ -6,10 +6,13 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+
+from none_core.flower.messages import read_declined, read_privacy
 
 
 class TooFewNodesError(RuntimeError):
@@ -41,6 +44,10 @@ class MeteredGrid(Grid):
         arrays by category and direction ("train_down", "train_up", ...).
     truth : dict of int to dict
         What each partition's last train reply says of its poisoned samples.
+    privacy : dict of int to dict
+        By node id: what its last answer says that all its answers cost in privacy ("answers",
+        "noise", "delta", "epsilon", and which statistics are "withheld"), and in how many it
+        declined. Nodes that never said either are not in it.
     """
 
     def __init__(self, grid: Grid, needed: int = 0, patience: float = math.inf) -> None:
@@ -48,6 +55,7 @@ class MeteredGrid(Grid):
         self._missing_since: float | None = None
         self.partition_of: dict[int, int] = {}
         self.truth: dict[int, dict[str, int]] = {}
+        self.privacy: dict[int, dict[str, Any]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.traffic: defaultdict[str, int] = defaultdict(int)
 
@@ -134,6 +142,17 @@ class MeteredGrid(Grid):
             partition = numbers["partition-id"]
             self.partition_of[reply.metadata.src_node_id] = partition
             self.truth[partition] = numbers
+        self._learn_privacy(reply)
+
+    def _learn_privacy(self, reply: Message) -> None:
+        node = reply.metadata.src_node_id
+        said: dict[str, Any] = {}
+        if (cost := read_privacy(reply.content)) is not None:
+            said = cost
+        if read_declined(reply.content) is not None:
+            said = {**said, "declined": self.privacy.get(node, {}).get("declined", 0) + 1}
+        if said:
+            self.privacy[node] = {**self.privacy.get(node, {}), **said}
 
     def _order(self, reply: Message) -> tuple[bool, int]:
         node = reply.metadata.src_node_id

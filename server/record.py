@@ -116,9 +116,20 @@ class Folder:
         """Write a state dict."""
         files.replace(self.path / name, lambda file: torch.save(dict(state), file))
 
-    def history(self, rounds: list[dict[str, Any]], truth: Mapping[str, Any]) -> None:
-        """Write everything that was measured and repeats when the same seed is run again."""
-        self._try("history.json", lambda: self._json("history.json", rounds=rounds, truth=truth))
+    def history(
+        self,
+        rounds: list[dict[str, Any]],
+        truth: Mapping[str, Any],
+        privacy: Mapping[int, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Write everything that was measured and repeats when the same seed is run again.
+
+        What clients say of their privacy is only there if one of them said something.
+        """
+        content: dict[str, Any] = {"rounds": rounds, "truth": truth}
+        if privacy:
+            content["privacy"] = {str(client): privacy[client] for client in sorted(privacy)}
+        self._try("history.json", lambda: self._json("history.json", **content))
 
     def timing(self, rounds: list[dict[str, float]]) -> None:
         """Write how long each phase of each round took, in seconds by the clock."""

@@ -16,6 +16,7 @@ from tasks.config import (
     AttackConfig,
     ConfigError,
     ExperimentConfig,
+    PrivacyConfig,
     RunConfig,
     RunConfigValue,
     TaskConfig,
@@ -34,6 +35,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "attack": AttackConfig,
     "defense": DefenseConfig,
+    "privacy": PrivacyConfig,
     "run": RunConfig,
 }
 
@@ -48,6 +50,7 @@ class Experiment(BaseModel):
     train: TrainConfig
     attack: AttackConfig
     defense: DefenseConfig
+    privacy: PrivacyConfig
     run: RunConfig
 
     @property
@@ -168,6 +171,12 @@ def _check_together(experiment: Experiment) -> None:
             f"and < {classes} (the classes of {task.dataset})"
         )
     experiment.defense.check(clients)
+    limit = experiment.privacy.max_epsilon
+    if limit is not None and not experiment.privacy.noise:
+        raise ConfigError(
+            f"privacy.max_epsilon = {limit} is not legal: expected none while privacy.noise = 0, "
+            f"where epsilon is infinite"
+        )
     try:
         experiment.trigger.check(shape)
     except ValueError as error:

@@ -36,6 +36,10 @@ READS: dict[str, frozenset[str]] = {
 # malicious clients would report, and whether they would obey, makes no difference.
 SILENT = frozenset(READS) - {"none-strategy", "pruning"}
 _WHEN_ASKED = frozenset({"obeys_filter", "reporter"})
+# A limit at its default is none, and an experiment without any is the one that it was before there
+# were limits. What accounts for noise is read where there is some.
+_NO_LIMIT = {"reports": True, "min_count": 1, "noise": 0.0}
+_OF_NOISE = ("noise", "delta", "max_epsilon")
 # ASR is measured with these, whether anybody attacks or not.
 _MEASURED_WITH = ("target", "trigger")
 
@@ -66,7 +70,20 @@ def of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         found["attack"] = {k: v for k, v in attack.items() if k not in _WHEN_ASKED}
     if task["partition"] == "iid":
         task.pop("alpha")
+    limits = _limits(found.pop("privacy", {}))
+    if limits and strategy not in SILENT:
+        found["privacy"] = limits
     return found
+
+
+def _limits(privacy: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of [privacy] what sets no limit."""
+    noisy = _OF_NOISE if privacy.get("noise") else ()
+    return {
+        key: value
+        for key, value in privacy.items()
+        if key in noisy or (key in _NO_LIMIT and value != _NO_LIMIT[key])
+    }
 
 
 def label(identity: Mapping[str, Mapping[str, Any]]) -> str:

@@ -37,7 +37,9 @@ def assemble(configuration: Mapping[str, Any], history: Mapping[str, Any]) -> di
         The experiment's identity, section by section.
     history : mapping
         What the ServerApp wrote: ``"rounds"``, the first of which is the initial model, and
-        ``"truth"``.
+        ``"truth"``; and ``"privacy"`` if clients added noise to their reports or declined: by
+        client how many private answers it gave, their "noise", "delta" and what they cost together
+        ("epsilon"), which statistics it withheld, and how often it declined, as it says itself.
 
     Returns
     -------
@@ -53,6 +55,7 @@ def assemble(configuration: Mapping[str, Any], history: Mapping[str, Any]) -> di
         "truth": history["truth"],
         "filter": filtered(rounds, history["truth"]["poisoned"]),
         "certificates": certificates(rounds),
+        **{name: history[name] for name in ("privacy",) if name in history},
         "versions": versions(),
     }
 

@@ -127,6 +127,22 @@ class AttackConfig(Section):
     )
 
 
+class PrivacyConfig(Section):
+    """``[privacy]``: what every client is willing to report; a node's own limits hold beside it."""
+
+    reports: bool = Field(True, description="Whether clients answer the server's queries.")
+    min_count: int = Field(
+        1, ge=1, description="Clients leave out labels with fewer samples, whatever is asked."
+    )
+    noise: float = Field(
+        0.0, ge=0, description="Noise multiplier of every answer (differential privacy); 0: none."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="Delta of the differential privacy.")
+    max_epsilon: float | None = Field(
+        None, gt=0, description="Epsilon at which a client stops to answer; left out, never."
+    )
+
+
 class RunConfig(Section):
     """``[run]``: where things lie on this machine; no part of what an experiment is."""
 

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from none_core.activations import TRIGGER_SHIFT, build_report, spatial_maximum
 from none_core.flower import messages
+from none_core.flower.policy import ReportPolicy
 from none_core.neurons import NeuronMap, Reader
+from none_core.privacy import PRIVATE, Gaussian, private_report, read_samples
 from none_core.trigger_inversion import Finding, Probe, Triggers, probe_model
 
 _STATE = "none.kept"  # where the client's own state remembers which samples it trains on
@@ -52,6 +54,13 @@ class NoneClient:
     neuron_map : NeuronMap, optional
         For models that cannot be traced; the server must use the same.
     batch_size : int
+    policy : callable, optional
+        ``context -> ReportPolicy``: what this client is willing to say, whatever the server asks;
+        by default what its node's and its run's configuration say under ``privacy.``.
+    noise : callable, optional
+        ``context -> numpy.random.Generator``: where the noise of differential privacy comes from,
+        for simulations that are to repeat. Whoever can guess its state can take the noise off
+        again; by default the operating system seeds it anew for every answer.
     """
 
     def __init__(
@@ -62,17 +71,27 @@ class NoneClient:
         prepare: Callable[[Tensor], Tensor] | None = None,
         neuron_map: NeuronMap | None = None,
         batch_size: int = 256,
+        policy: Callable[[Context], ReportPolicy] = ReportPolicy.of,
+        noise: Callable[[Context], np.random.Generator] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.model_fn, self.load_data = model_fn, load_data
         self.prepare = prepare or (lambda inputs: inputs)
         self.neuron_map, self.batch_size = neuron_map, batch_size
+        self.policy, self.noise = policy, noise or (lambda _: np.random.default_rng())
         self._cache = threading.local()  # one model per thread, since clients may share a process
 
     def query(self, message: Message, context: Context) -> Message:
-        """Report the activations of the model in ``message`` on the samples that are trained on."""
+        """Report the activations of the model in ``message`` on the samples that are trained on.
+
+        Or say why not, where the client's policy forbids it or leaves nothing to say.
+        """
+        policy = self.policy(context)
+        if (reason := policy.declines(context)) is not None:
+            return Message(messages.declined_content(reason), reply_to=message)
         arrays, spec, min_count = messages.read_query(message.content)
+        min_count = max(min_count, policy.min_count)
         dataset = self.load_data(context)
         batches = ((x, y) for _, x, y in self._batches(dataset, self.kept(context)))
         first = next(batches, None)
@@ -85,18 +104,31 @@ class NoneClient:
                 f"{neuron_map.size}: they do not run the same model"
             )
         model.load_state_dict(messages.state_of(arrays))
-        report = build_report(model, neuron_map, _chain(first, batches), spec, min_count, reader)
+        samples = _chain(first, batches)
+        cost: dict[str, Any] = {}
+        if policy.noise:
+            cost = {**policy.spend(context), "withheld": sorted(spec.statistics - PRIVATE)}
+            mechanism = Gaussian(policy.noise, self.noise(context))
+            layer_of = neuron_map.layer_of(np.arange(neuron_map.size))
+            seen = read_samples(reader, samples)
+            report = private_report(seen, layer_of, spec, mechanism, min_count)
+        else:
+            report = build_report(model, neuron_map, samples, spec, min_count, reader)
         probe = messages.read_probe(message.content)
-        if probe is not None and TRIGGER_SHIFT in spec.statistics:
+        if probe is not None and TRIGGER_SHIFT in spec.statistics and not policy.noise:
             server_round = messages.round_of(message.content)
             finding = self._probe(probe, spec.labels, model, reader, context, server_round)
             report = report.with_trigger_shift(
                 finding.probed, finding.size, finding.success, finding.shift
             )
-        return Message(
-            messages.report_content(report, message.content.config_records[messages.QUERY]),
-            reply_to=message,
-        )
+        if report.counts.any():
+            query = message.content.config_records[messages.QUERY]
+            content = messages.report_content(report, query)
+        else:
+            content = messages.declined_content(f"no label has {min_count} samples")
+        if cost:
+            content[messages.PRIVACY] = ConfigRecord(cost)
+        return Message(content, reply_to=message)
 
     def mod(self, message: Message, context: Context, call_next: CallNext) -> Message:
         """Flower mod: answers queries, and applies the server's filter before training."""
@@ -107,7 +139,7 @@ class NoneClient:
         dropped = self.purify(message, context)
         message.content = messages.without_filter(message.content)
         reply = call_next(message, context)
-        if reply.has_content():
+        if reply.has_content() and not self.policy(context).noise:  # an exact count is not private
             reply.content[messages.PURIFIED] = ConfigRecord({"dropped": dropped})
         return reply
 

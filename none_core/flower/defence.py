@@ -64,7 +64,9 @@ class RoundRecord:
     refused : list of Refusal
         Train replies and reports that were refused.
     missing : int
-        Clients that were asked and did not answer, or answered with an error.
+        Clients that were asked and did not report: no answer, an error, or declined.
+    declined : list of int
+        Node ids of the missing clients that said that they do not report, ascending.
     purified : dict of int to int
         Samples that each client says it dropped before training.
     repaired : list of int
@@ -90,6 +92,7 @@ class RoundRecord:
     reports: int = 0
     refused: list[Refusal] = field(default_factory=list)
     missing: int = 0
+    declined: list[int] = field(default_factory=list)
     purified: dict[int, int] = field(default_factory=dict)
     repaired: list[int] = field(default_factory=list)
     repaired_rows: dict[str, IntArray] = field(default_factory=dict)
@@ -414,6 +417,7 @@ class Defence:
             {
                 "none-reports": record.reports,
                 "none-missing": record.missing,
+                "none-declined": len(record.declined),
                 "none-refused": len(record.refused),
                 "none-suspected": len(record.suspected),
                 "none-alive": int(alive),
@@ -557,16 +561,21 @@ class Defence:
         asked = set(self._nodes)
         answered: set[int] = set()
         refused: list[Refusal] = []
+        declined: set[int] = set()
         for reply in self._grid.send_and_receive(outgoing, timeout=self.timeout):
             node = reply.metadata.src_node_id
             if reply.has_error():
-                log(INFO, "\t> node %s failed to report: %s", node, reply.error.reason)
+                log(INFO, "\t> node %s failed to report: %.1000s", node, reply.error.reason)
                 continue
             try:
                 answered.add(node)
                 if node not in asked or node in reports:
                     reason = "was not asked for" if node not in asked else "is a second one"
                     raise Refusal(messages.sender_of(reply), "report", reason)
+                if (excuse := messages.read_declined(reply.content)) is not None:
+                    log(INFO, "\t> node %s does not report: %s", node, excuse)
+                    declined.add(node)
+                    continue
                 report = messages.read_report(
                     reply.content,
                     spec,
@@ -582,7 +591,8 @@ class Defence:
             reports[node] = summary, report.accuracy, digest
         self._refuse(refused)
         self.record.asked, self.record.reports = len(asked), len(reports)
-        self.record.missing = len(asked - answered)
+        self.record.declined = sorted(declined - reports.keys())
+        self.record.missing = len(asked - answered) + len(self.record.declined)
         return reports
 
     def _scenes(self, detection: Detection) -> list[Scene]:
@@ -642,7 +652,8 @@ class Defence:
         if repaired_state is before and not neurons.size:
             return before, neurons, reason
         record, tried = self.record, []
-        counted = record.asked, record.reports, record.missing  # those of the detection
+        # Those of the detection, not of this.
+        counted = record.asked, record.reports, record.missing, record.declined
         predictions = ReportSpec(self.spec.neurons, self.spec.labels)
         while True:
             after = self._reset(repaired_state, neurons)
@@ -665,7 +676,7 @@ class Defence:
                 tried.append(f"the median alone would have cost {100 * loss:.1f} points")
             after, neurons, record.repaired = before, neurons[:0], []
             break
-        record.asked, record.reports, record.missing = counted
+        record.asked, record.reports, record.missing, record.declined = counted
         if tried:
             reason += f" ({', '.join(tried)})"
         return after, neurons, reason
@@ -741,6 +752,7 @@ class Defence:
                 "asked": record.asked,
                 "reports": {str(node): digest for node, digest in (digests or {}).items()},
                 "missing": record.missing,
+                "declined": record.declined,
                 "refused": [str(refusal) for refusal in record.refused],
                 "alive": bool(detection and detection.alive),
                 "suspicions": [

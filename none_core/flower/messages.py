@@ -13,8 +13,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
-from none_core.activations import Report, ReportError, ReportSpec, decode_report
+from none_core.activations import STATISTICS, Report, ReportError, ReportSpec, decode_report
 from none_core.purification import SampleFilter
+from none_core.refusal import shown
 from none_core.trigger_inversion import Probe, Triggers
 from none_core.undo import Undo
 
@@ -27,6 +28,12 @@ QUERY = "none.query"
 REPORT = "none.report"
 FILTER = "none.filter"
 PURIFIED = "none.purified"
+DECLINED = "none.declined"
+PRIVACY = "none.privacy"
+
+MOST_RECORDS = 100  # in one reply
+_MOST_NUMBER = 1e15  # that a client may say of itself
+_MOST_TEXT = 200  # characters of a text from outside that are shown
 
 
 def query_content(
@@ -90,6 +97,42 @@ def report_content(report: Report, query: ConfigRecord) -> RecordDict:
     return RecordDict({REPORT: ArrayRecord(fields), QUERY: ConfigRecord({"round": query["round"]})})
 
 
+def declined_content(reason: str) -> RecordDict:
+    """Answer a query by saying why there will be no report."""
+    return RecordDict({DECLINED: ConfigRecord({"reason": reason})})
+
+
+def read_declined(content: RecordDict) -> str | None:
+    """Read why a client does not report; None if it does not say that it declines."""
+    record = content.get(DECLINED)
+    if not isinstance(record, ConfigRecord):
+        return None
+    reason = record.get("reason")
+    return _printable(reason) if isinstance(reason, str) else "no reason given"
+
+
+def read_privacy(content: RecordDict) -> dict[str, Any] | None:
+    """Read what a client says that its answers cost; None if it says nothing, or nonsense."""
+    record = content.get(PRIVACY)
+    if not isinstance(record, ConfigRecord):
+        return None
+    said: dict[str, Any] = {n: record.get(n) for n in ("answers", "noise", "delta", "epsilon")}
+    for value in said.values():
+        if type(value) not in (int, float) or not 0 <= value < _MOST_NUMBER:
+            return None
+    withheld = record.get("withheld")
+    if not isinstance(withheld, list) or len(withheld) > len(STATISTICS):
+        return None
+    if not set(withheld) <= set(STATISTICS):
+        return None
+    return {**said, "withheld": [name for name in STATISTICS if name in withheld]}
+
+
+def _printable(text: str) -> str:
+    """Shorten a text from outside to what may stand in a log line."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_MOST_TEXT])
+
+
 def read_report(
     content: RecordDict, spec: ReportSpec, *, sender: str, server_round: int, max_samples: int
 ) -> Report:
@@ -100,18 +143,19 @@ def read_report(
     ReportError
         With sender, field and reason.
     """
-    record = content.array_records.get(REPORT)
-    if record is None:
+    if len(content) > MOST_RECORDS:
+        raise ReportError(sender, "report", f"holds {len(content)} records")
+    record, echo = content.get(REPORT), content.get(QUERY)
+    if not isinstance(record, ArrayRecord):
         raise ReportError(sender, f"record '{REPORT}'", "is missing")
-    echo = content.config_records.get(QUERY)
-    answered = None if echo is None else echo.get("round")
+    answered = echo.get("round") if isinstance(echo, ConfigRecord) else None
     if answered != server_round:
         raise ReportError(sender, "round", f"is {_shown(answered)}, not {server_round}")
     sizes = {name: 8 * int(np.prod(shape)) for name, (_, shape) in spec.fields().items()}
     fields: dict[str, NDArray[Any]] = {}
     for name, array in record.items():
         if name not in sizes:
-            raise ReportError(sender, f"field {name!r:.60}", "was not asked for")
+            raise ReportError(sender, f"field {shown(name)}", "was not asked for")
         try:
             fields[name] = read_bytes(array, largest=sizes[name] + 1024)
         except ValueError as error:
@@ -185,11 +229,11 @@ def read_array(array: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ND
         With the reason, as the rest of a sentence.
     """
     if array.stype != "numpy.ndarray":
-        raise ValueError(f"is serialised as {array.stype!r:.40}, not as numpy.ndarray")
+        raise ValueError(f"is serialised as {shown(array.stype)}, not as numpy.ndarray")
     if array.dtype != str(dtype):
-        raise ValueError(f"has dtype {array.dtype!r:.40}, not {dtype}")
+        raise ValueError(f"has dtype {shown(array.dtype)}, not {dtype}")
     if tuple(array.shape) != shape:
-        raise ValueError(f"has shape {tuple(array.shape)!s:.60}, not {shape}")
+        raise ValueError(f"has shape {_shape(array)}, not {shape}")
     for order in ("C", "F"):
         header = _npy_header(dtype.str, shape, order == "F")
         if array.data.startswith(header):
@@ -213,8 +257,15 @@ def read_bytes(array: Array, largest: int) -> NDArray[np.uint8]:
     if len(array.data) > largest:
         raise ValueError(f"holds {len(array.data)} bytes, more than the {largest} allowed")
     if len(array.shape) != 1 or not 0 <= array.shape[0] <= largest:
-        raise ValueError(f"has shape {tuple(array.shape)!s:.60}, not a flat one")
+        raise ValueError(f"has shape {_shape(array)}, not a flat one")
     return read_array(array, np.dtype(np.uint8), (int(array.shape[0]),))  # True is a number, too
+
+
+def _shape(array: Array) -> str:
+    """Write the shape that an array claims to have: any number of any numbers."""
+    if len(array.shape) > 8:
+        return f"of {len(array.shape)} dimensions"
+    return f"{tuple(array.shape)!s:.60}"
 
 
 @lru_cache(maxsize=1024)

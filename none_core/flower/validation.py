@@ -13,10 +13,16 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, Error, Message, MetricRecord
+from numpy.typing import NDArray
 
-from none_core.flower.messages import read_array, sender_of
-from none_core.refusal import Refusal
+from none_core.flower.messages import MOST_RECORDS, read_array, sender_of
+from none_core.refusal import Refusal, shown
+
+_MOST_METRICS = 1000  # in one reply ...
+_MOST_NUMBERS = 100_000  # ... and numbers in all of them together
+_MOST_REASON = 10_000  # characters of an error's reason
+_CHUNK = 1 << 20  # numbers that are looked at in one go
 
 Template = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
@@ -69,6 +75,7 @@ def admit(
     seen: set[int] = set()
     for message in replies:
         if message.has_error():
+            _shorten(message)
             admitted.append(message)
             continue
         node = message.metadata.src_node_id
@@ -99,8 +106,17 @@ def admit(
     return admitted, refused
 
 
+def _shorten(message: Message) -> None:
+    """Cut what a client says about its error: the inner strategy logs it."""
+    error = message.error
+    if error.reason is not None and len(error.reason) > _MOST_REASON:
+        message.error = Error(error.code, error.reason[:_MOST_REASON])
+
+
 def _check_structure(message: Message, template: Template, weighted_by: str) -> None:
     sender = sender_of(message)
+    if len(message.content) > MOST_RECORDS:
+        raise TrainReplyError(sender, "reply", f"holds {len(message.content)} records")
     if len(message.content.array_records) != 1:
         count = len(message.content.array_records)
         raise TrainReplyError(sender, "reply", f"holds {count} array records instead of one")
@@ -114,21 +130,36 @@ def _check_structure(message: Message, template: Template, weighted_by: str) -> 
 def _check_arrays(sender: str, record: ArrayRecord, template: Template) -> None:
     if missing := sorted(template.keys() - record.keys()):
         raise TrainReplyError(sender, f"array '{missing[0]}'", "is missing")
-    if extra := sorted(record.keys() - template.keys()):
-        raise TrainReplyError(sender, f"array {extra[0]!r:.60}", "is not part of the model")
+    if len(record) > len(template):
+        extra = min(name for name in record if name not in template)
+        raise TrainReplyError(sender, f"array {shown(extra)}", "is not part of the model")
     for name, (dtype, shape) in template.items():
         try:
             values = read_array(record[name], dtype, shape)
         except ValueError as error:
             raise TrainReplyError(sender, f"array '{name}'", str(error)) from None
-        if dtype.kind in "fc" and not np.isfinite(values).all():
+        if dtype.kind in "fc" and not _finite(values):
             raise TrainReplyError(sender, f"array '{name}'", "holds NaN or infinity")
 
 
+def _finite(values: NDArray[Any]) -> bool:
+    """Whether an array holds neither NaN nor infinity, in little memory besides its own."""
+    flat = values.ravel(order="K")  # a view, in either order that is read
+    return all(
+        bool(np.isfinite(flat[start : start + _CHUNK]).all())
+        for start in range(0, len(flat), _CHUNK)
+    )
+
+
 def _check_metrics(sender: str, record: MetricRecord, weighted_by: str) -> None:
+    if len(record) > _MOST_METRICS:
+        raise TrainReplyError(sender, "metrics", f"are {len(record)}, not at most {_MOST_METRICS}")
+    numbers = sum(len(value) if isinstance(value, list) else 1 for value in record.values())
+    if numbers > _MOST_NUMBERS:
+        raise TrainReplyError(sender, "metrics", f"hold {numbers} numbers, not {_MOST_NUMBERS}")
     for name, value in record.items():
         if not np.isfinite(_numbers(value)).all():
-            raise TrainReplyError(sender, f"metric {name!r:.60}", "is NaN, infinite or too large")
+            raise TrainReplyError(sender, f"metric {shown(name)}", "is NaN, infinite or too large")
     weight = record.get(weighted_by)
     if not isinstance(weight, int | float):
         raise TrainReplyError(sender, f"metric '{weighted_by}'", "is missing or not one number")
@@ -165,15 +196,14 @@ def _commonest(layouts: Iterable[_Layout]) -> _Layout:
 def _difference(layout: _Layout, usual: _Layout) -> tuple[str, str]:
     """Field and reason of a reply that does not look like most others."""
     if layout.arrays != usual.arrays:
-        return "array record", f"is called {layout.arrays!r:.60}, others say {usual.arrays!r:.60}"
+        called, usually = shown(layout.arrays), shown(usual.arrays)
+        return "array record", f"is called {called}, others say {usually}"
     if layout.metrics != usual.metrics:
-        return (
-            "metric record",
-            f"is called {layout.metrics!r:.60}, others say {usual.metrics!r:.60}",
-        )
+        called, usually = shown(layout.metrics), shown(usual.metrics)
+        return "metric record", f"is called {called}, others say {usually}"
     name = min(name for name, _ in layout.lengths ^ usual.lengths)
     shape, wanted = (_length(name, dict(each.lengths)) for each in (layout, usual))
-    return f"metric {name!r:.60}", f"is {shape} here, but {wanted} in most replies"
+    return f"metric {shown(name)}", f"is {shape} here, but {wanted} in most replies"
 
 
 def _length(name: str, lengths: Mapping[str, int | None]) -> str:

@@ -182,7 +182,8 @@ class _Flower:
             if process.poll() is not None:
                 raise FlowerError(f"the SuperLink exited with {process.returncode} on start")
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=1):
+                health = f"http://127.0.0.1:{self._port}/health"
+                with urllib.request.urlopen(health, timeout=1):  # nosec B310
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)

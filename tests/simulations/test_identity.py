@@ -122,3 +122,22 @@ def test_runs_that_are_taken_for_the_same_give_the_same_result(tmp_path: Path) -
 
     results = [(tmp_path / out / "result.json").read_bytes() for out in ("a", "b")]
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("limits", [{}, {"noise": 0.0}, {"min_count": 1}, {"delta": 1e-9}])
+def test_an_experiment_without_limits_is_the_one_that_it_was_before_there_were_any(
+    limits: Any,
+) -> None:
+    limited = experiment(privacy=limits).identity()
+    assert "privacy" not in limited
+    assert limited == experiment().identity()
+
+
+def test_limits_make_another_experiment_where_clients_are_asked() -> None:
+    noisy = {"noise": 1.0}
+    assert folder(privacy=noisy) != folder()
+    assert folder(privacy={**noisy, "delta": 1e-6}) != folder(privacy=noisy)
+    assert folder(privacy={"reports": False}) != folder()
+    assert folder(privacy={"min_count": 9}) != folder()
+    undefended = {"name": "undefended"}
+    assert folder(defense=undefended, privacy=noisy) == folder(defense=undefended)

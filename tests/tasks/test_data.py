@@ -248,6 +248,22 @@ class TestCifar10:
         assert np.array_equal(got.test_images, images[10:])
         assert np.array_equal(got.test_labels, labels[10:])
 
+    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL))
+    def test_a_pickle_that_runs_code_is_refused_and_runs_none(self, tmp_path, protocol):
+        class Hostile:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "ran",)
+
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+            (folder / name).write_bytes(pickle.dumps({"data": Hostile()}, protocol))
+
+        with pytest.raises(data.DataError, match="holds more than arrays"):
+            data.load("cifar10", tmp_path)
+
+        assert not (tmp_path / "ran").exists()
+
     def test_missing_folder_names_both_layouts(self, tmp_path):
         with pytest.raises(data.DataError) as caught:
             data.load("cifar10", tmp_path)
@@ -317,6 +333,22 @@ class TestGtsrb:
 
         with pytest.raises(data.DataError, match=f"{Path(gone).name} is missing"):
             data.load("gtsrb", tmp_path)
+
+    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL))
+    def test_a_pickle_that_runs_code_is_refused_and_runs_none(self, tmp_path, protocol):
+        class Hostile:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "ran",)
+
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+            (folder / name).write_bytes(pickle.dumps({"data": Hostile()}, protocol))
+
+        with pytest.raises(data.DataError, match="holds more than arrays"):
+            data.load("cifar10", tmp_path)
+
+        assert not (tmp_path / "ran").exists()
 
     def test_missing_folder_names_both_layouts(self, tmp_path):
         with pytest.raises(data.DataError) as caught:
