@@ -193,6 +193,7 @@ class Run:
             "quarantined": self._partitions(defence.quarantined),
             "attacked": [a.label for a in defence.detection.attacks] if defence.detection else [],
             "standings": defence.standings,
+            "repaired": defence.repaired,
             "refused": len(defence.refused),
             "filtered": self._newly_dropped(),
             "decision": defence.decision,
@@ -240,10 +241,17 @@ class Run:
         return {"dropped": now[0] - before[0], "poisoned": now[1] - before[1]}
 
     def _keep_evidence(self, record: RoundRecord) -> None:
-        """Keep the evidence of the reset at which the backdoor was seen most clearly."""
+        """Keep the evidence of the change at which the backdoor was seen most clearly."""
+        if record.patterns:
+            self.folder.patterns(record)
         if record.detection is None or record.before is None:
             return
-        strength = max((s.surprise for s in record.detection.suspicions), default=0.0)
+        strength = max(
+            *(s.surprise for s in record.detection.suspicions),
+            *(a.strength for a in record.detection.attacks),
+            0.0,
+            0.0,
+        )
         if strength > self._strongest and isinstance(self.strategy, NoneStrategy):
             self._strongest = strength
             self.folder.evidence(self.strategy.defence, record, self.grid.partition_of)

@@ -135,6 +135,17 @@ class Folder:
         """Write how long each phase of each round took, in seconds by the clock."""
         self._try("timing.json", lambda: self._json("timing.json", rounds=rounds))
 
+    def patterns(self, record: RoundRecord) -> None:
+        """Write what clients show of the triggers that they found: mask and pattern by label."""
+        arrays = {str(label): pattern for label, pattern in record.patterns.items()}
+        target = self.path / "patterns.npz"
+        self._try(
+            target.name,
+            lambda: files.replace(
+                target, lambda file: np.savez_compressed(file, round=record.server_round, **arrays)
+            ),
+        )
+
     def evidence(
         self, defence: Defence, record: RoundRecord, partition_of: Mapping[int, int]
     ) -> None:

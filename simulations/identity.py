@@ -38,7 +38,7 @@ SILENT = frozenset(READS) - {"none-strategy", "pruning"}
 _WHEN_ASKED = frozenset({"obeys_filter", "reporter"})
 # A limit at its default is none, and an experiment without any is the one that it was before there
 # were limits. What accounts for noise is read where there is some.
-_NO_LIMIT = {"reports": True, "min_count": 1, "noise": 0.0}
+_NO_LIMIT = {"reports": True, "min_count": 1, "noise": 0.0, "patterns": False}
 _OF_NOISE = ("noise", "delta", "max_epsilon")
 # ASR is measured with these, whether anybody attacks or not.
 _MEASURED_WITH = ("target", "trigger")

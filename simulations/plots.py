@@ -73,6 +73,9 @@ def draw(output: Path, experiment: Experiment, result: Mapping[str, Any]) -> lis
         if probe is not None:
             figures["activations.png"] = activations(probe)
         figures["trigger.png"] = triggers(loaded, experiment.trigger, experiment.attack.target)
+        if (output / probing.PATTERNS).exists():
+            with np.load(output / probing.PATTERNS, allow_pickle=False) as arrays:
+                figures["found.png"] = found(arrays, loaded)
         return [_save(figure, folder / name) for name, figure in figures.items()]
 
 
@@ -187,6 +190,22 @@ def triggers(loaded: Data, trigger: Trigger, target: int) -> Figure:
     label, wanted = loaded.classes[int(loaded.test_labels[first])], loaded.classes[target]
     text = f'a test image of class "{label}", which the attack wants to be taken for "{wanted}"'
     _header(figure, "Trigger", text)
+    return figure
+
+
+def found(patterns: Mapping[str, Any], loaded: Data) -> Figure:
+    """Draw the triggers that clients found and show: where (mask), and what is seen there."""
+    labels = sorted(int(name) for name in patterns if name != "round")
+    figure, grid = _figure(3.6 * len(labels), 2.5, columns=2 * len(labels))
+    for n, label in enumerate(labels):
+        mask, pattern = patterns[str(label)][0] / 255, patterns[str(label)][1:] / 255
+        panels = {"mask": mask, "trigger": (mask * pattern).transpose(1, 2, 0)}
+        for axes, (name, image) in zip(grid.flat[2 * n : 2 * n + 2], panels.items(), strict=True):
+            axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1)
+            axes.set_title(f'{name} for "{loaded.classes[label]}"', fontsize=9.5, color=INK)
+            axes.set_axis_off()
+    text = f"median over the clients that show theirs, round {int(patterns['round'])}"
+    _header(figure, "Triggers that clients found", text)
     return figure
 
 

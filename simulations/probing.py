@@ -23,6 +23,7 @@ from tasks.poisoning import stamp
 FloatArray = npt.NDArray[np.float32]
 
 EVIDENCE, EVIDENCE_MODEL, FINAL_MODEL = "evidence.npz", "evidence_model.pt", "model.pt"
+PATTERNS = "patterns.npz"
 
 
 @dataclass(frozen=True, eq=False)

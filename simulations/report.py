@@ -20,6 +20,8 @@ CAPTIONS = {
     "evidence.png": "What each client's reports show against each neuron in one round.",
     "activations.png": "The same test images without and with the whole trigger. A compromised "
     "neuron tells them apart. Figures only: test images reach no decision.",
+    "found.png": "What honest clients found when they looked for the smallest trigger, and showed "
+    "because privacy.patterns allows it.",
     "trigger.png": "Each malicious client stamps one part; the attack is measured with all parts.",
 }
 

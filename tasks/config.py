@@ -141,6 +141,9 @@ class PrivacyConfig(Section):
     max_epsilon: float | None = Field(
         None, gt=0, description="Epsilon at which a client stops to answer; left out, never."
     )
+    patterns: bool = Field(
+        False, description="Whether clients show what the trigger to an attacked class looks like."
+    )
 
 
 class RunConfig(Section):

@@ -106,6 +106,7 @@ class NoneClient:
         model.load_state_dict(messages.state_of(arrays))
         samples = _chain(first, batches)
         cost: dict[str, Any] = {}
+        patterns: ArrayRecord | None = None
         if policy.noise:
             cost = {**policy.spend(context), "withheld": sorted(spec.statistics - PRIVATE)}
             mechanism = Gaussian(policy.noise, self.noise(context))
@@ -121,9 +122,14 @@ class NoneClient:
             report = report.with_trigger_shift(
                 finding.probed, finding.size, finding.success, finding.shift
             )
+            if policy.patterns:
+                kept = [k for k in probe.watched if finding.triggers.kept[k]]
+                patterns = messages.patterns_record(finding.triggers, kept)
         if report.counts.any():
             query = message.content.config_records[messages.QUERY]
             content = messages.report_content(report, query)
+            if patterns:
+                content[messages.PATTERNS] = patterns
         else:
             content = messages.declined_content(f"no label has {min_count} samples")
         if cost:

@@ -14,6 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from none_core.activations import TRIGGER_SHIFT, ReportSpec
@@ -69,6 +70,9 @@ class RoundRecord:
         Node ids of the missing clients that said that they do not report, ascending.
     purified : dict of int to int
         Samples that each client says it dropped before training.
+    patterns : dict of int to ndarray
+        For watched classes the mask and pattern that clients show, uint8 (1 + C, *positions), the
+        median over those that do.
     repaired : list of int
         Classes for whose backdoor weights were aggregated by the clients' median, ascending.
     repaired_rows : dict of str to ndarray of int64
@@ -94,6 +98,7 @@ class RoundRecord:
     missing: int = 0
     declined: list[int] = field(default_factory=list)
     purified: dict[int, int] = field(default_factory=dict)
+    patterns: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     repaired: list[int] = field(default_factory=list)
     repaired_rows: dict[str, IntArray] = field(default_factory=dict)
     neurons_reset: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -263,6 +268,7 @@ class Defence:
         self._model = model_fn().eval()
         self.neurons = neuron_map or NeuronMap.trace(self._model, example_input, layers)
         self.layer_of = self.neurons.layer_of(np.arange(self.neurons.size))
+        self._shape = tuple(example_input.shape[1:])
         with torch.inference_mode():
             labels = int(self._model(example_input).shape[1])
         self.spec = ReportSpec(self.neurons.size, labels, detector.statistics)
@@ -558,6 +564,8 @@ class Defence:
             for node in self._nodes
         ]
         reports: dict[int, tuple[Any, float, str]] = {}
+        patterns: dict[int, list[NDArray[np.uint8]]] = {}
+        watched = self._recent.watched if probes else frozenset()
         asked = set(self._nodes)
         answered: set[int] = set()
         refused: list[Refusal] = []
@@ -583,14 +591,24 @@ class Defence:
                     server_round=server_round,
                     max_samples=self.max_samples,
                 )
+                sender = messages.sender_of(reply)
+                seen = messages.read_patterns(reply.content, watched, self._shape, sender=sender)
             except Refusal as refusal:
                 refused.append(refusal)
                 continue
+            if node not in self._excluded:
+                for label, pattern in seen.items():
+                    patterns.setdefault(label, []).append(pattern)
             summary = self.detector.summarise(report) if spec.statistics else None
             digest = _digest(reply.content.array_records[messages.REPORT])
             reports[node] = summary, report.accuracy, digest
         self._refuse(refused)
         self.record.asked, self.record.reports = len(asked), len(reports)
+        if probes:
+            self.record.patterns = {
+                label: np.median(np.stack(shown), axis=0).astype(np.uint8)
+                for label, shown in patterns.items()
+            }
         self.record.declined = sorted(declined - reports.keys())
         self.record.missing = len(asked - answered) + len(self.record.declined)
         return reports

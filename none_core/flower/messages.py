@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,7 @@ FILTER = "none.filter"
 PURIFIED = "none.purified"
 DECLINED = "none.declined"
 PRIVACY = "none.privacy"
+PATTERNS = "none.patterns"
 
 MOST_RECORDS = 100  # in one reply
 _MOST_NUMBER = 1e15  # that a client may say of itself
@@ -161,6 +162,55 @@ def read_report(
         except ValueError as error:
             raise ReportError(sender, name, str(error)) from None
     return decode_report(fields, spec, sender=sender, max_samples=max_samples)
+
+
+def patterns_record(triggers: Triggers, labels: Iterable[int]) -> ArrayRecord:
+    """Show the triggers that were found for some classes: made from images, so only if allowed.
+
+    Of each class the mask and the pattern behind it, uint8, (1 + C, *positions); (2, features) for
+    inputs without positions.
+    """
+    arrays = {}
+    for label in labels:
+        mask, pattern = triggers.kept_mask[label], triggers.kept_pattern[label]
+        layers = torch.cat([mask, pattern]) if pattern.ndim > 1 else torch.stack([mask, pattern])
+        arrays[str(label)] = Array((255 * torch.sigmoid(layers)).round().byte().numpy())
+    return ArrayRecord(arrays)
+
+
+def read_patterns(
+    content: RecordDict, labels: Collection[int], shape: tuple[int, ...], *, sender: str
+) -> dict[int, NDArray[np.uint8]]:
+    """Read what a client shows of the triggers to some classes; nothing if it shows nothing.
+
+    Parameters
+    ----------
+    labels : collection of int
+        Classes that it was asked about.
+    shape : tuple of int
+        Of one input, (C, *positions) or (features,).
+
+    Raises
+    ------
+    ReportError
+        With sender, field and reason.
+    """
+    record = content.get(PATTERNS)
+    if record is None:
+        return {}
+    if not isinstance(record, ArrayRecord):
+        raise ReportError(sender, f"record '{PATTERNS}'", "holds no arrays")
+    wanted = {str(label): label for label in labels}
+    layered = (1 + shape[0], *shape[1:]) if len(shape) > 1 else (2, *shape)
+    found = {}
+    for name, array in record.items():
+        if name not in wanted:
+            raise ReportError(sender, f"pattern {shown(name)}", "was not asked for")
+        try:
+            found[wanted[name]] = read_array(array, np.dtype(np.uint8), layered)
+        except ValueError as error:
+            raise ReportError(sender, f"pattern {name}", str(error)) from None
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -32,6 +32,8 @@ class ReportPolicy:
         Probability for which epsilon is allowed not to hold, in (0, 1).
     max_epsilon : float
         What all answers of a run may cost together, > 0; then it declines. Needs noise.
+    patterns : bool
+        Whether it shows the pattern of an attacked class's trigger, which is made from its images.
     """
 
     reports: bool = True
@@ -39,6 +41,7 @@ class ReportPolicy:
     noise: float = 0.0
     delta: float = 1e-5
     max_epsilon: float = math.inf
+    patterns: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -95,6 +98,7 @@ _STRICTER: dict[str, Callable[[Any, Any], Any]] = {
     "noise": max,
     "delta": min,
     "max_epsilon": min,
+    "patterns": lambda one, other: one and other,
 }
 
 

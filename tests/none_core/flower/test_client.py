@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from none_core.activations import (
 )
 from none_core.flower import NoneClient, messages
 from none_core.flower.messages import record_of
+from none_core.flower.policy import ReportPolicy
 from none_core.purification import SampleFilter
 from none_core.trigger_inversion import Finding, Probe, Triggers, probe_model
 from none_core.undo import Undo
@@ -404,6 +406,19 @@ def test_it_reports_the_triggers_that_it_finds() -> None:
     assert_reports(report, expected())
     assert report["probes"].tolist() == [1] * LABELS
     assert report["shift"].any()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_what_a_watched_class_s_trigger_looks_like_is_shown_only_if_allowed(allowed: bool) -> None:
+    limits = ReportPolicy(patterns=allowed)
+    none, where = NoneClient(net, tensors, policy=lambda _: limits), context()
+    first = none.query(probing(), where)
+    assert messages.PATTERNS not in first.content  # nothing is watched
+    watching = replace(PROBE, watched=(1,))
+    second = none.query(probing(server_round=5, probe=watching), where)
+    sample = tuple(data_of(NODE)[0].shape[1:])
+    shown = messages.read_patterns(second.content, {1}, sample, sender="x")
+    assert list(shown) == ([1] if allowed else [])
 
 
 def test_triggers_stay_with_the_client_and_are_where_it_starts_the_next_time() -> None:

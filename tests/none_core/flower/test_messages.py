@@ -249,3 +249,58 @@ def test_a_filter_comes_back_and_leaves_no_trace() -> None:
 def test_without_filter_leaves_a_query_of_the_users_own_alone() -> None:
     content = RecordDict({"arrays": ArrayRecord(), messages.QUERY: ConfigRecord()})
     assert messages.without_filter(content) is content
+
+
+# --- patterns -------------------------------------------------------------------------------------
+
+IMAGE = (3, 4, 5)
+
+
+def kept_triggers(shape: tuple[int, ...]) -> Triggers:
+    generator = torch.Generator().manual_seed(0)
+    triggers = Triggers.unknown(LABELS, torch.zeros(shape))
+    triggers.kept_mask.copy_(torch.randn(triggers.kept_mask.shape, generator=generator))
+    triggers.kept_pattern.copy_(torch.randn(triggers.kept_pattern.shape, generator=generator))
+    return triggers
+
+
+@pytest.mark.parametrize(("shape", "layered"), [(IMAGE, (4, 4, 5)), ((7,), (2, 7))])
+def test_patterns_come_back_as_a_person_would_see_them(
+    shape: tuple[int, ...], layered: tuple[int, ...]
+) -> None:
+    triggers = kept_triggers(shape)
+    content = RecordDict({messages.PATTERNS: messages.patterns_record(triggers, [1, 0])})
+    found = messages.read_patterns(content, {0, 1, 2}, shape, sender="x")
+    assert sorted(found) == [0, 1]
+    for label, layers in found.items():
+        assert (layers.dtype, layers.shape) == (np.uint8, layered)
+        mask = torch.sigmoid(triggers.kept_mask[label]).reshape(layered[1:])
+        np.testing.assert_allclose(layers[0] / 255, mask.numpy(), atol=0.002)
+        pattern = torch.sigmoid(triggers.kept_pattern[label]).reshape(layers[1:].shape)
+        np.testing.assert_allclose(layers[1:] / 255, pattern.numpy(), atol=0.002)
+
+
+def test_who_shows_nothing_shows_nothing() -> None:
+    assert messages.read_patterns(RecordDict(), {1}, IMAGE, sender="x") == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (ConfigRecord({"1": 2}), "record 'none.patterns' holds no arrays"),
+        ({"7": np.zeros((4, 4, 5), np.uint8)}, "pattern '7' was not asked for"),
+        ({"x" * 5000: np.zeros((4, 4, 5), np.uint8)}, "was not asked for"),
+        ({"1": np.zeros((4, 4, 5), np.float32)}, "pattern 1 has dtype 'float32'"),
+        ({"1": np.zeros((3, 4, 5), np.uint8)}, r"pattern 1 has shape \(3, 4, 5\)"),
+        ({"1": np.zeros((4, 400, 500), np.uint8)}, r"pattern 1 has shape \(4, 400, 500\)"),
+    ],
+)
+def test_a_pattern_that_is_none_is_refused(record: object, reason: str) -> None:
+    if isinstance(record, dict):
+        record = ArrayRecord({name: Array(values) for name, values in record.items()})
+    assert isinstance(record, ArrayRecord | ConfigRecord)
+    content = RecordDict({messages.PATTERNS: record})
+    with pytest.raises(ReportError, match=reason) as refusal:
+        messages.read_patterns(content, {1}, IMAGE, sender="node 3")
+    assert "node 3" in str(refusal.value)
+    assert len(str(refusal.value)) < 500
