@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from tasks import models
 from tasks.data import CLASSES, SHAPES
 
 LOG = "run.log"
-NODES = "nodes"  # what the participants of the in-process engine keep
+SNAPSHOT = "resume.npz"  # what a run is resumed from, as long as it is not finished ...
+NODES = "nodes"  # ... and what the participants of the in-process engine keep
 
 # All that a run writes, so that no file of an earlier run in the same folder is taken for its own.
 ARTEFACTS = (
     *(LOG, progress.FILE, results.HISTORY, results.RESULT, results.TIMING, report.FILE),
     *("model.pt", "evidence.npz", "evidence_model.pt", "audit.jsonl", "audit.pub"),
     *("checkpoints", "undo", plots.FOLDER),
-    *("resume.npz", NODES),
+    *(SNAPSHOT, NODES),
 )
 
 
@@ -53,7 +54,8 @@ def execute(experiment: Experiment, console: Console) -> dict[str, Any]:
     Returns
     -------
     dict
-        As `results.load` returns it.
+        As `results.load` returns it. A run that is finished is not run again by
+        ``experiment.resume``; of one that was stopped the seconds are those of its last process.
 
     Raises
     ------
@@ -62,10 +64,11 @@ def execute(experiment: Experiment, console: Console) -> dict[str, Any]:
     RunError, ResultError
         When the apps fail, or leave no result.
     """
-    output = Path(experiment.run.output)
+    output, settings = Path(experiment.run.output), experiment.experiment
+    if settings.resume and _is_finished(output, experiment):
+        return results.load(output)
     prepare(output, experiment)
     begin = time.perf_counter()
-    settings = experiment.experiment
     with (
         progress.shown(output / progress.FILE, settings.name, settings.rounds, console),
         _logged(output / LOG, console),
@@ -79,6 +82,7 @@ def execute(experiment: Experiment, console: Console) -> dict[str, Any]:
     result = results.load(output)
     plots.draw(output, experiment, result)
     report.write(output, result)
+    _remove(output, (SNAPSHOT, NODES))
     return result
 
 
@@ -92,8 +96,8 @@ def prepare(output: Path, experiment: Experiment) -> None:
     needed = model_bytes * (kept + 4)  # a checkpoint a round, and what comes beside them
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if not (settings.resume and _can_resume(output)):
-            _clear(output)
+        if not (settings.resume and (output / SNAPSHOT).exists()):
+            _remove(output, ARTEFACTS)
             results.write_text(output / LOG, "")
         (output / LOG).touch()
         free = shutil.disk_usage(output).free
@@ -106,13 +110,19 @@ def prepare(output: Path, experiment: Experiment) -> None:
         )
 
 
-def _can_resume(output: Path) -> bool:
-    """Whether there is a stopped run; what a finished one has left is not to be cleared away."""
-    if (output / "resume.npz").exists():
-        return True
-    if (output / results.RESULT).exists():
-        raise OutputError(f"{output} holds a finished run, and nothing to resume it from")
-    return False
+def _is_finished(output: Path, experiment: Experiment) -> bool:
+    """Whether there is nothing left to resume; a run of something else is not to be cleared away.
+
+    Raises
+    ------
+    OutputError
+        If another experiment is finished there.
+    """
+    if (output / SNAPSHOT).exists() or not (output / results.RESULT).exists():
+        return False
+    if results.read(output)["configuration"] != experiment.identity():
+        raise OutputError(f"{output} holds another experiment, which is finished")
+    return True
 
 
 def written(output: Path) -> list[Path]:
@@ -188,8 +198,8 @@ class _FirstLine(logging.Handler):
             )
 
 
-def _clear(output: Path) -> None:
-    for name in ARTEFACTS:
+def _remove(output: Path, names: Iterable[str]) -> None:
+    for name in names:
         path = output / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -28,6 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from none_core.files import replace
 from tasks.config import RunConfigValue
@@ -239,7 +240,10 @@ class _Node:
         state = RecordDict()
         if self._file is not None and self._file.exists():
             self._kept = self._file.read_bytes()
-            state = recorddict_from_proto(ProtoRecordDict.FromString(self._kept))
+            try:
+                state = recorddict_from_proto(ProtoRecordDict.FromString(self._kept))
+            except DecodeError as error:
+                raise ValueError(f"{self._file} holds no node's state: {error}") from None
         self.context = Context(RUN_ID, _node_id(partition), node_config, state, dict(run_config))
         self.lock = threading.Lock()
         self.late: Future[Message] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,36 @@ def test_state_persists_in_a_run_and_not_beyond_it() -> None:
 
     in_run(main)
     in_run(main)
+
+
+def test_state_that_is_kept_in_a_folder_outlives_the_process(tmp_path: Path) -> None:
+    def turn(number: int) -> None:
+        def main(grid: Grid, context: Context) -> None:
+            replies = grid.send_and_receive(messages(grid))
+            assert {r.content["answer"]["calls"] for r in replies} == {number}
+
+        in_run(main, nodes=tmp_path / "nodes")
+
+    turn(1)
+    turn(2)
+    assert len(list((tmp_path / "nodes").iterdir())) == CLIENTS
+    (tmp_path / "nodes" / "2.state").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"2\.state holds no node's state"):
+        turn(3)
+
+
+def test_state_that_cannot_be_kept_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def main(grid: Grid, context: Context) -> None:
+        assert not any(reply.has_error() for reply in grid.send_and_receive(messages(grid)))
+
+    monkeypatch.setattr("none_core.files.os.replace", full)
+    in_run(main, nodes=tmp_path / "nodes")
+    assert list((tmp_path / "nodes").iterdir()) == []
 
 
 @pytest.mark.parametrize("workers", [1, 3])

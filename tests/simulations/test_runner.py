@@ -158,6 +158,61 @@ def test_a_disk_that_is_too_full_ends_with_2_before_anything_starts(
     assert "MB left, but the checkpoints of 1000000000 rounds need" in capsys.readouterr().err
 
 
+RESUME = ["--quiet", "--set", "experiment.resume=true"]
+
+
+def test_what_a_stopped_run_has_left_is_there_when_it_is_resumed(
+    file: Path, apps: Any, no_figures: None
+) -> None:
+    output, seen = file.parent / "results" / "small", []
+
+    def stopped(output: Path, run_config: dict[str, Any]) -> None:
+        seen.append(sorted(path.name for path in output.iterdir()))
+        (output / "resume.npz").write_text("what is done")
+        (output / "nodes" / "0.state").touch()
+        if len(seen) < 3:
+            raise ValueError("killed")
+        leave_behind(output, run_config)
+
+    apps["main"] = stopped
+    assert main(["run", str(file), *RESUME]) == 1
+    (output / "run.log").write_text("what was logged\n")
+    assert main(["run", str(file), *RESUME]) == 1
+    assert "what was logged" in (output / "run.log").read_text()
+    assert main(["run", str(file), *RESUME]) == 0
+    assert seen == [["nodes", "run.log"], *[["nodes", "resume.npz", "run.log"]] * 2]
+    assert not (output / "resume.npz").exists()  # it is finished
+    assert not (output / "nodes").exists()
+    assert "resume" not in json.loads((output / "result.json").read_text())["configuration"]
+
+
+def test_without_resume_a_stopped_run_begins_anew(file: Path, apps: Any, no_figures: None) -> None:
+    output = file.parent / "results" / "small"
+    (output / "nodes").mkdir(parents=True)
+    (output / "resume.npz").touch()
+    seen: list[list[str]] = []
+
+    def look(output: Path, run_config: dict[str, Any]) -> None:
+        seen.append(sorted(path.name for path in output.rglob("*")))
+        leave_behind(output, run_config)
+
+    apps["main"] = look
+    assert main(["run", str(file), "--quiet"]) == 0
+    assert seen == [["nodes", "run.log"]]
+
+
+def test_a_finished_run_is_not_run_again_by_resume(
+    file: Path, apps: Any, no_figures: None, capsys: Any
+) -> None:
+    assert main(["run", str(file), *RESUME]) == 0
+    before = (file.parent / "results" / "small" / "result.json").read_bytes()
+    apps["main"] = None
+    assert main(["run", str(file), *RESUME]) == 0
+    assert (file.parent / "results" / "small" / "result.json").read_bytes() == before
+    assert main(["run", str(file), *RESUME, "--set", "experiment.seed=1"]) == 2
+    assert "holds another experiment, which is finished" in capsys.readouterr().err
+
+
 def test_the_program_itself_returns_the_status(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "simulations", "run", str(tmp_path / "none.toml")]
 
