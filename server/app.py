@@ -28,6 +28,7 @@ from tasks.config import (
     AttackConfig,
     ConfigError,
     ExperimentConfig,
+    PrivacyConfig,
     RunConfig,
     TaskConfig,
     TrainConfig,
@@ -103,6 +104,7 @@ class Run:
                 ("train", from_run_config(config, "train", TrainConfig)),
                 ("attack", self.attack),
                 ("defense", self.defense),
+                ("privacy", from_run_config(config, "privacy", PrivacyConfig)),
             )
         }
 
@@ -153,6 +155,7 @@ class Run:
         self._dropped = tuple(kept["_dropped"])
         self.grid.partition_of = {int(node): p for node, p in kept["partition_of"].items()}
         self.grid.truth = {int(partition): truth for partition, truth in kept["truth"].items()}
+        self.grid.privacy = {int(node): said for node, said in kept["privacy"].items()}
         self.model.load_state_dict(state_of(arrays))
         self.folder.trail.resume(after=done)
         log(INFO, "Resumed after round %s of %s", done, self.experiment.rounds)
@@ -166,6 +169,7 @@ class Run:
             "_dropped": list(self._dropped),
             "partition_of": {str(node): p for node, p in self.grid.partition_of.items()},
             "truth": {str(partition): truth for partition, truth in self.grid.truth.items()},
+            "privacy": {str(node): said for node, said in self.grid.privacy.items()},
         }
         self.folder.keep(self.strategy, server_round, arrays, more)
 

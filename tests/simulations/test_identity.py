@@ -141,6 +141,8 @@ def test_limits_make_another_experiment_where_clients_are_asked() -> None:
     assert folder(privacy={"min_count": 9}) != folder()
     undefended = {"name": "undefended"}
     assert folder(defense=undefended, privacy=noisy) == folder(defense=undefended)
+
+
 def test_a_resumed_run_is_the_run_that_was_stopped() -> None:
     resumed = experiment(experiment={"name": "toy", "resume": True})
     assert resumed.identity() == experiment().identity()
