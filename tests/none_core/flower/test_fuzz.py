@@ -394,7 +394,7 @@ IN_REPORTS: dict[str, Change] = {
     "a field's name": lambda c: c[messages.REPORT].__setitem__("\x00" * MANY, Array(np.zeros(1))),
     "a bomb": lambda c: c[messages.REPORT].__setitem__(
         FIELDS[0],
-        Array(np.frombuffer(b"\x01" + zlib.compress(bytes(50 * MANY)), np.uint8)[:400]),
+        Array(np.frombuffer(b"\x01" + zlib.compress(bytes(5 * MANY)), np.uint8)[:400]),
     ),
     "a round": lambda c: c[messages.QUERY].__setitem__("round", "\x00" * MANY),
     "a reason": lambda c: c.__setitem__(
