@@ -52,6 +52,7 @@ from tests.none_core.flower.toys import (
     HIDDEN,
     HONEST,
     HOSTILE,
+    INPUTS,
     LABELS,
     net,
     report_content,
@@ -90,6 +91,7 @@ NAME = st.one_of(
     TEXT,
     st.sampled_from(["../../etc/passwd", "arrays", "metrics", "config", "num-examples", "\0"]),
     st.sampled_from([messages.REPORT, messages.QUERY, messages.DECLINED, messages.PRIVACY]),
+    st.sampled_from([messages.PATTERNS, "0", "1"]),
     st.sampled_from(NAMES + list(FIELDS)),
     GIANT.map(lambda n: "\x00" * n),
 )
@@ -254,6 +256,8 @@ def try_report(content: RecordDict) -> bool:
         messages.read_declined(content)
         messages.read_privacy(content)
         try:
+            shown = messages.read_patterns(content, {0, 1}, (INPUTS,), sender="x")
+            assert all(pattern.shape == (2, INPUTS) for pattern in shown.values())
             return messages.read_report(
                 content, SPEC, sender="x", server_round=2, max_samples=MAX_SAMPLES
             )
