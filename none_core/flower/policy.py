@@ -62,6 +62,8 @@ class ReportPolicy:
 
         The node's owner writes the latter (``flower-supernode --node-config``), and whoever starts
         the run the former: of each limit the stricter one holds, so a run cannot loosen a node's.
+        A node that sets any limit has the defaults for the others, against which the run's are held
+        likewise; one that sets none takes the run's as they are.
 
         Raises
         ------
@@ -69,12 +71,10 @@ class ReportPolicy:
             If a key is unknown, or its value not legal: a misspelt limit must not be none.
         """
         run, node = _limits(context.run_config), _limits(context.node_config)
-        both = {
-            name: stricter(run[name], node[name])
-            for name, stricter in _STRICTER.items()
-            if name in run and name in node
-        }
-        return cls(**{**run, **node, **both})
+        if not node:
+            return cls(**run)
+        own = {field.name: node.get(field.name, field.default) for field in fields(cls)}
+        return cls(**own | {name: _STRICTER[name](own[name], run[name]) for name in run})
 
     def declines(self, context: Context) -> str | None:
         """Say why not to answer a query, or None."""

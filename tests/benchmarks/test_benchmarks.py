@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import detection, probes, reports, rounds, stealth
+from benchmarks import detection, privacy, probes, reports, rounds, stealth
 from benchmarks.outcome import Bar, Outcome, Row
+from none_core.accounting import epsilon
 from none_core.trigger_inversion import Finding, Triggers
+from simulations import results
+from simulations.config import build as experiment_of
+from tasks import models
+from tests.simulations.synthetic import entry
 
 
 def written(outcome: Outcome, folder: Path) -> dict[str, Any]:
@@ -167,3 +172,28 @@ def test_a_probe_is_judged_as_the_detector_does() -> None:
     strength, attacked = probes.judged(found)
     assert attacked.tolist() == [False, False, True, False]
     assert strength[2] > 10
+
+
+def test_privacy_replays_a_run_with_noise_and_bounds_what_is_said(tmp_path: Path) -> None:
+    sections = {"experiment": {"name": "t", "clients": 4, "rounds": 1}}
+    sections |= {"task": {"train_images": 800}, "attack": {"name": "dba", "malicious": 1}}
+    identity = experiment_of(sections).identity()
+    history = {"rounds": [entry(0), entry(1)], "truth": {"malicious": [0], "poisoned": 1}}
+    results.write(tmp_path, results.assemble(identity, history))
+    (tmp_path / "checkpoints").mkdir()
+    state = models.build("mnist-cnn", (1, 28, 28), 10, seed=0).state_dict()
+    torch.save(state, tmp_path / "checkpoints" / "round-0001.pt")
+
+    outcome = privacy.run(tmp_path, [1], [0.0, 1.0], 1e-5, seeds=2)
+    exact, noisy = (row["figures"] for row in written(outcome, tmp_path)["rows"])
+    sizes = written(privacy.expose(tmp_path), tmp_path)["rows"]
+
+    assert exact["epsilon of one"] is None
+    assert noisy["epsilon of one"] == noisy["epsilon of 1"] == epsilon(1.0, 1, 1e-5)
+    assert 0 <= noisy["found of 1"] <= 1
+    assert len(sizes) == 6
+    assert sizes[0]["case"] == "predictions alone, 200 samples"
+    figures = [row["figures"] for row in sizes]
+    assert all(each["bytes"] > 0 for each in figures)
+    assert figures[-1]["bits at most"] >= max(each["bits at most"] for each in figures[:-1])
+    assert figures[1]["a sample"] == pytest.approx(figures[1]["bits at most"] / 200, rel=1e-3)

@@ -52,6 +52,7 @@ from tests.none_core.flower.toys import (
     HIDDEN,
     HONEST,
     HOSTILE,
+    INPUTS,
     LABELS,
     net,
     report_content,
@@ -90,6 +91,7 @@ NAME = st.one_of(
     TEXT,
     st.sampled_from(["../../etc/passwd", "arrays", "metrics", "config", "num-examples", "\0"]),
     st.sampled_from([messages.REPORT, messages.QUERY, messages.DECLINED, messages.PRIVACY]),
+    st.sampled_from([messages.PATTERNS, "0", "1"]),
     st.sampled_from(NAMES + list(FIELDS)),
     GIANT.map(lambda n: "\x00" * n),
 )
@@ -254,6 +256,8 @@ def try_report(content: RecordDict) -> bool:
         messages.read_declined(content)
         messages.read_privacy(content)
         try:
+            shown = messages.read_patterns(content, {0, 1}, (INPUTS,), sender="x")
+            assert all(pattern.shape == (2, INPUTS) for pattern in shown.values())
             return messages.read_report(
                 content, SPEC, sender="x", server_round=2, max_samples=MAX_SAMPLES
             )
@@ -394,7 +398,7 @@ IN_REPORTS: dict[str, Change] = {
     "a field's name": lambda c: c[messages.REPORT].__setitem__("\x00" * MANY, Array(np.zeros(1))),
     "a bomb": lambda c: c[messages.REPORT].__setitem__(
         FIELDS[0],
-        Array(np.frombuffer(b"\x01" + zlib.compress(bytes(50 * MANY)), np.uint8)[:400]),
+        Array(np.frombuffer(b"\x01" + zlib.compress(bytes(5 * MANY)), np.uint8)[:400]),
     ),
     "a round": lambda c: c[messages.QUERY].__setitem__("round", "\x00" * MANY),
     "a reason": lambda c: c.__setitem__(
