@@ -335,12 +335,12 @@ def test_a_data_set_that_changes_its_size_is_a_clear_error() -> None:
         return TensorDataset(inputs[: size[0]], labels[: size[0]])
 
     none, state = NoneClient(net, shrinking), context()
-    none.purify(train_message(drop_above(1, 2, 0.0)), state)
+    none.purify(train_message(drop_above(1, 2, 0.0)).content, state)
     size[0] = 39
     for call in (
         lambda: none.kept(state),
         lambda: none.query(query(), state),
-        lambda: none.purify(train_message(drop_above(1, 2, 0.0), server_round=5), state),
+        lambda: none.purify(train_message(drop_above(1, 2, 0.0), server_round=5).content, state),
     ):
         with pytest.raises(ValueError, match="has 39 samples, but had 40 when it was filtered"):
             call()
@@ -350,7 +350,7 @@ def test_a_train_message_with_two_models_is_a_clear_error() -> None:
     message = train_message(drop_above(1, 2, 0.0))
     message.content["teacher"] = record_of(net().state_dict())
     with pytest.raises(ValueError, match="must carry one model, this one carries 2"):
-        NoneClient(net, tensors).purify(message, context())
+        NoneClient(net, tensors).purify(message.content, context())
 
 
 def test_other_messages_pass_through() -> None:
