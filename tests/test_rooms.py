@@ -52,7 +52,11 @@ def files(*suffixes: str) -> Iterator[Path]:
         for path in sorted((ROOT / room).rglob("*")):
             if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts:
                 yield path
-    yield from (p for p in sorted(ROOT.iterdir()) if p.is_file() and p.suffix in suffixes)
+    yield from (
+        p
+        for p in sorted(ROOT.iterdir())
+        if p.is_file() and p.suffix in suffixes and p.name != ".git"  # a file in a worktree
+    )
 
 
 def name_of(path: Path) -> str:

@@ -77,10 +77,19 @@ class NoneClient:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.model_fn, self.load_data = model_fn, load_data
-        self.prepare = prepare or (lambda inputs: inputs)
+        self.prepare = prepare or _unchanged
         self.neuron_map, self.batch_size = neuron_map, batch_size
-        self.policy, self.noise = policy, noise or (lambda _: np.random.default_rng())
+        self.policy, self.noise = policy, noise or _unpredictable
         self._cache = threading.local()  # one model per thread, since clients may share a process
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the models behind: simulations send an app to their workers, over and over."""
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the models anew when they are needed."""
+        self.__dict__.update(state)
+        self._cache = threading.local()
 
     def query(self, message: Message, context: Context) -> Message:
         """Report the activations of the model in ``message`` on the samples that are trained on.
@@ -265,6 +274,14 @@ def _begin(context: Context, name: str, server_round: int) -> None:
         state[target] = state[source]
     else:
         state.pop(target, None)
+
+
+def _unchanged(inputs: Tensor) -> Tensor:
+    return inputs
+
+
+def _unpredictable(_: Context) -> np.random.Generator:
+    return np.random.default_rng()
 
 
 def _chain(
