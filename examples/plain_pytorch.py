@@ -1,26 +1,41 @@
-"""Federated averaging in plain PyTorch, without Flower, and NONE in it."""
+"""(d) Federated averaging in plain PyTorch, without Flower, and NONE in its loop."""
 
 import copy
 
-import numpy as np
 import torch
-from scene import CLASSES, PARTICIPANTS, ROUNDS, SIDE, Net, report, samples, train
+from scene import PARTICIPANTS, ROUNDS, SIDE, Net, report, samples, train
 from torch.utils.data import DataLoader
 
-from none_core.activations import ReportSpec, build_report
-from none_core.decision import Policy, decide
-from none_core.detection import Mixture
-from none_core.neurons import NeuronMap
+from none_core.loop import LoopDefence
 
 
-def run(defended: bool) -> None:
-    model, datasets = Net(), [samples(p) for p in range(PARTICIPANTS)]
+def average(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Average state dicts."""
+    return {name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]}
+
+
+def federate(defended: bool) -> None:
+    """Train for all rounds."""
+    datasets = [samples(participant) for participant in range(PARTICIPANTS)]
+    model = Net()
+    none = LoopDefence(model, torch.zeros(1, 1, SIDE, SIDE))
     for _ in range(ROUNDS):
-        states = []
-        for dataset in datasets:
+        states = {}
+        for participant, dataset in enumerate(datasets):
             local = copy.deepcopy(model)
             train(local, dataset)
-            states.append(local.state_dict())
-        model.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]})
-        report("x", model.state_dict())
-run(False)
+            states[participant] = local.state_dict()
+        if defended:
+            states = {p: state for p, state in states.items() if p not in none.quarantined}
+        model.load_state_dict(average(list(states.values())))
+        if defended:
+            reports = {p: none.report(model, DataLoader(d, 64)) for p, d in enumerate(datasets)}
+            none.defend(model, reports)
+    report(defended, model.state_dict())
+    if defended:
+        print("left out of the average:", *sorted(none.quarantined))
+
+
+if __name__ == "__main__":
+    for defended in (False, True):
+        federate(defended)
