@@ -3,7 +3,7 @@
 import torch
 from flwr.app import Context
 from flwr.client import Client, ClientApp, NumPyClient
-from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import ndarrays_to_parameters
 from flwr.server import ServerApp, ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg
 from one_process import simulate
@@ -14,10 +14,12 @@ from none_core.flower.legacy import NoneClient, NoneStrategy
 
 
 def get_weights(net):
+    """Read a model's parameters."""
     return [value.numpy() for value in net.state_dict().values()]
 
 
 def set_weights(net, parameters):
+    """Write a model's parameters."""
     net.load_state_dict(dict(zip(net.state_dict(), map(torch.tensor, parameters), strict=True)))
 
 

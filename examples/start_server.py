@@ -22,7 +22,7 @@ from none_core.flower.legacy import NoneClient, NoneStrategy
 
 def client(address: str, participant: int) -> None:
     """Run one participant's program, once the server listens."""
-    while socket.socket().connect_ex(("127.0.0.1", int(address.split(":")[1]))):
+    while not listening(address):
         time.sleep(0.1)
     trainset = samples(participant)
     none = NoneClient(Net, lambda context: trainset)
@@ -55,6 +55,13 @@ def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def listening(address: str) -> bool:
+    """Tell whether a server can be reached."""
+    host, port = address.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,6 +103,13 @@ def test_every_kind_of_app_answers_a_query(app: Callable[[NoneClient], ClientApp
     reply = app(NoneClient(net, tensors))(query(), context())
     assert_same(read(reply), wire(build_report(net(), neurons(), [data_of(NODE)], SPEC)))
     assert reply.metadata.src_node_id == NODE
+
+
+def test_a_client_can_be_sent_to_a_worker_after_it_has_answered() -> None:
+    """Simulations started from a script or a notebook send the app along with every message."""
+    none = NoneClient(net, tensors)
+    first = read(none.query(query(), context()))
+    assert_same(read(copy.deepcopy(none).query(query(), context())), first)
 
 
 def test_a_new_style_app_needs_the_handler() -> None:
