@@ -54,19 +54,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from none_core.flower import client, messages
-from none_core.flower.messages import FILTER, MODEL, PURIFIED, QUERY, REPORT
+from none_core.flower.messages import (
+    DECLINED,
+    FILTER,
+    MODEL,
+    MOST_RECORDS,
+    PRIVACY,
+    PURIFIED,
+    QUERY,
+    REPORT,
+)
 from none_core.flower.strategy import make_defence, without_reset
 from none_core.flower.validation import Template, template_of
 
 ClientFn = Callable[[Context], Client | NumPyClient]
 
-# Keys in configurations and metrics, which hold single numbers, texts and bytes only.
-_QUERY = QUERY  # a query record, as JSON
-_ROUND = "none.round"  # of the query that a report answers
+# Keys in configurations and metrics, which hold single numbers, texts and bytes only. Records of
+# single values and lists travel under their own names, as JSON.
 _DROPPED = "none.dropped"  # samples that the filter has just taken out
 _FIELD = f"{REPORT}/"  # and the name of a field of a report: its bytes
 _ARRAY = f"{FILTER}/"  # and the name of an array of a filter: npy
 _WEIGHT = "num-examples"
+_MOST_JSON = 10_000  # characters that a client may say in one record
 
 
 class NoneStrategy(Strategy):
@@ -246,28 +255,29 @@ class _WrappedClient(Client):
         if not filtered:
             return self._client.fit(ins)
         arrays = {n: Array(np.load(io.BytesIO(b))) for n, b in filtered.items()}
-        content = RecordDict({MODEL: self._model(ins), FILTER: ArrayRecord(arrays)})
+        query = ConfigRecord(json.loads(str(config.pop(QUERY))))
+        filter_record = ArrayRecord(arrays)
+        content = RecordDict({MODEL: self._model(ins), FILTER: filter_record, QUERY: query})
         dropped = self._none.purify(content, self._context)
         result = self._client.fit(FitIns(ins.parameters, config))
-        return FitRes(
-            result.status,
-            result.parameters,
-            result.num_examples,
-            {**result.metrics, _DROPPED: dropped},
-        )
+        if not self._none.policy(self._context).noise:  # an exact count is not private
+            result.metrics = {**result.metrics, _DROPPED: dropped}
+        return result
 
     def evaluate(self, ins: EvaluateIns) -> EvaluateRes:
-        if _QUERY not in ins.config:
+        if QUERY not in ins.config:
             return self._client.evaluate(ins)
-        query: dict[str, Any] = json.loads(str(ins.config[_QUERY]))
-        content = RecordDict({MODEL: self._model(ins), QUERY: ConfigRecord(query)})
+        query = ConfigRecord(json.loads(str(ins.config[QUERY])))
+        content = RecordDict({MODEL: self._model(ins), QUERY: query})
         try:
-            record = self._none.answer(content, self._context).array_records[REPORT]
+            answer = self._none.answer(content, self._context)
         except Exception as error:  # start_client would end the process
             log(WARNING, "NONE: no report: %s", error)
             return EvaluateRes(Status(Code.EVALUATE_NOT_IMPLEMENTED, str(error)), 0.0, 0, {})
-        fields: dict[str, Scalar] = {f"{_FIELD}{n}": a.numpy().tobytes() for n, a in record.items()}
-        return EvaluateRes(Status(Code.OK, ""), 0.0, 0, {**fields, _ROUND: query["round"]})
+        said: dict[str, Scalar] = {n: _json(r) for n, r in answer.config_records.items()}
+        report: Mapping[str, Array] = answer.array_records.get(REPORT, {})
+        fields = {f"{_FIELD}{name}": array.numpy().tobytes() for name, array in report.items()}
+        return EvaluateRes(Status(Code.OK, ""), 0.0, 0, {**said, **fields})
 
     def _model(self, ins: FitIns | EvaluateIns) -> ArrayRecord:
         arrays = parameters_to_ndarrays(ins.parameters)
@@ -297,8 +307,8 @@ class _Proxies:
         return [future.result() for future in futures if future in done]
 
     def _ask(self, message: Message, timeout: float | None) -> Message:
-        query = json.dumps(dict(message.content.config_records[QUERY]))
-        ins = EvaluateIns(_parameters(message.content.array_records[MODEL]), {_QUERY: query})
+        query = _json(message.content.config_records[QUERY])
+        ins = EvaluateIns(_parameters(message.content.array_records[MODEL]), {QUERY: query})
         node, group = message.metadata.dst_node_id, int(message.metadata.group_id)
         try:
             result = self._proxies[node].evaluate(ins, timeout, group)
@@ -341,7 +351,12 @@ def _with_filter(ins: FitIns, content: RecordDict) -> FitIns:
     if record is None:
         return ins
     arrays = {f"{_ARRAY}{name}": array.data for name, array in record.items()}
-    return FitIns(ins.parameters, {**ins.config, **arrays})
+    query = {QUERY: _json(content.config_records[QUERY])}
+    return FitIns(ins.parameters, {**ins.config, **query, **arrays})
+
+
+def _json(record: ConfigRecord) -> str:
+    return json.dumps(dict(record))
 
 
 def _split(config: Mapping[str, Scalar], prefix: str) -> tuple[dict[str, Any], dict[str, Scalar]]:
@@ -353,7 +368,7 @@ def _split(config: Mapping[str, Scalar], prefix: str) -> tuple[dict[str, Any], d
 def _reply_content(result: FitRes, template: Template) -> RecordDict:
     """Write a client's answer as a train reply; only validation looks into the bytes."""
     tensors, stype = result.parameters.tensors, result.parameters.tensor_type
-    names = [*template, *(f"parameter {i}" for i in range(len(template), len(tensors)))]
+    names = [*template, "a surplus one"]
     arrays = {}
     for name, data in zip(names, tensors, strict=False):
         dtype, shape = template.get(name, ("", ()))
@@ -377,12 +392,25 @@ def _reply_content(result: FitRes, template: Template) -> RecordDict:
 def _report_content(result: EvaluateRes) -> RecordDict:
     """Write a client's answer as the reply to a query; nothing in it is believed here."""
     packed, others = _split(result.metrics, _FIELD)
-    fields = {n: Array(np.frombuffer(b, np.uint8)) for n, b in packed.items() if type(b) is bytes}
-    content = RecordDict({REPORT: ArrayRecord(fields)} if fields else {})
-    answered = others.get(_ROUND)
-    if isinstance(answered, int):
-        content[QUERY] = ConfigRecord({"round": answered})
+    content = RecordDict()
+    if 0 < len(packed) <= MOST_RECORDS:
+        content[REPORT] = ArrayRecord(
+            {n: Array(np.frombuffer(b, np.uint8)) for n, b in packed.items() if type(b) is bytes}
+        )
+    for name in (QUERY, DECLINED, PRIVACY):
+        if (record := _read_json(others.get(name))) is not None:
+            content[name] = record
     return content
+
+
+def _read_json(text: Any) -> ConfigRecord | None:
+    """Read a record that a client wrote; None if it is not one."""
+    if not isinstance(text, str) or len(text) > _MOST_JSON:
+        return None
+    try:
+        return ConfigRecord(json.loads(text))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _identify() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ from none_core.conformance import DefenceConformance
 from none_core.flower import NoneStrategy as MessageNoneStrategy
 from none_core.flower import messages
 from none_core.flower.legacy import NoneClient, NoneStrategy
+from none_core.flower.policy import ReportPolicy
 from none_core.flower.toy_federation import (
     EXAMPLE_INPUT,
     ToyFederation,
@@ -47,12 +49,9 @@ from none_core.flower.toy_federation import (
 )
 
 CLIENTS, MALICIOUS, ROUNDS = 10, 4, 3
+FEW = 4  # clients, where no attack is played
 NAMES = list(toy_model().state_dict())
-ALL: dict[str, Any] = {
-    "min_fit_clients": CLIENTS,
-    "min_available_clients": CLIENTS,
-    "fraction_evaluate": 0.0,
-}
+ALL: dict[str, Any] = {"min_fit_clients": FEW, "fraction_evaluate": 0.0}
 
 
 def arrays_of(model: nn.Module) -> list[np.ndarray]:
@@ -136,11 +135,12 @@ class Deployment:
     clients: dict[int, Callable[[Context], Any]] = field(default_factory=dict)
     cid: Callable[[int], str] = lambda partition: f"{100 + partition}"
     released: list[dict[str, np.ndarray]] = field(default_factory=list)
+    size: int = CLIENTS
 
     def run(self, strategy: Strategy, rounds: int = ROUNDS) -> History:
         none = NoneClient(toy_model, load_data)
         manager = SimpleClientManager()
-        for partition in range(CLIENTS):
+        for partition in range(self.size):
             client_fn = self.clients.get(partition, none.wrap(app(none)))
             manager.register(LocalProxy(self.cid(partition), partition, client_fn))
         inner = getattr(strategy, "strategy", strategy)
@@ -274,8 +274,34 @@ def test_a_client_that_cannot_report_says_so_and_goes_on() -> None:
 
     empty, none = NoneClient(toy_model, nothing), NoneClient(toy_model, load_data)
     strategy = defended()
-    Deployment({3: empty.wrap(app(none))}).run(strategy, rounds=1)
-    assert (strategy.defence.record.missing, strategy.defence.record.reports) == (1, CLIENTS - 1)
+    Deployment({3: empty.wrap(app(none))}, size=FEW).run(strategy, rounds=1)
+    assert (strategy.defence.record.missing, strategy.defence.record.reports) == (1, FEW - 1)
+
+
+def test_a_client_that_declines_says_why() -> None:
+    closed = NoneClient(toy_model, load_data, policy=lambda context: ReportPolicy(reports=False))
+    strategy = defended()
+    Deployment({3: closed.wrap(app(closed))}, size=FEW).run(strategy, rounds=1)
+    record = strategy.defence.record
+    assert list(record.declined) == [103]
+    assert (record.missing, record.reports, record.refused) == (1, FEW - 1, [])
+
+
+def test_a_client_that_adds_noise_says_what_it_cost_and_not_what_it_dropped() -> None:
+    private = NoneClient(toy_model, load_data, policy=lambda context: ReportPolicy(noise=1.0))
+    wrapped, said = private.wrap(app(private)), []
+
+    def heard(result: EvaluateRes) -> EvaluateRes:
+        said.append(json.loads(str(result.metrics["none.privacy"])))
+        return result
+
+    bad = attackers(CLIENTS, MALICIOUS)[0]
+    strategy = defended()
+    deployment = Deployment({bad: lambda c: Hostile(wrapped(c).to_client(), evaluate=heard)})
+    deployment.run(strategy, rounds=2)
+    assert [cost["answers"] for cost in said][:2] == [1, 2]
+    assert strategy.defence.record.purified
+    assert 100 + bad not in strategy.defence.record.purified
 
 
 # --- clients that are old, late or hostile --------------------------------------------------------
@@ -284,11 +310,11 @@ def test_a_client_that_cannot_report_says_so_and_goes_on() -> None:
 def test_a_client_without_the_line_is_refused_as_a_reporter_and_still_trains() -> None:
     none = NoneClient(toy_model, load_data)
     strategy = defended()
-    Deployment({3: app(none)}).run(strategy, rounds=1)
+    Deployment({3: app(none)}, size=FEW).run(strategy, rounds=1)
     assert [str(r) for r in strategy.defence.record.refused] == [
         "activation report of node 103 refused: record 'none.report' is missing"
     ]
-    assert strategy.defence.record.reports == CLIENTS - 1
+    assert strategy.defence.record.reports == FEW - 1
 
 
 def test_a_late_report_is_missing() -> None:
@@ -302,10 +328,10 @@ def test_a_late_report_is_missing() -> None:
     strategy = defended(timeout=1.0)
     late = lambda context: Late(*load_data(context).tensors).to_client()  # noqa: E731
     try:
-        Deployment({3: late}).run(strategy, rounds=1)
+        Deployment({3: late}, size=FEW).run(strategy, rounds=1)
     finally:
         free.set()
-    assert (strategy.defence.record.missing, strategy.defence.record.reports) == (1, CLIENTS - 1)
+    assert (strategy.defence.record.missing, strategy.defence.record.reports) == (1, FEW - 1)
 
 
 class Hostile(Client):
@@ -360,16 +386,18 @@ BAD_FITS = {
 def test_a_hostile_update_is_refused_and_changes_nothing(bad: Callable[[FitRes], FitRes]) -> None:
     none = NoneClient(toy_model, load_data)
     honest = none.wrap(app(none))
-    audit: list[dict[str, Any]] = []
-    hostile = Deployment({3: lambda c: Hostile(honest(c).to_client(), fit=bad)})
-    hostile.run(defended(fedavg(inplace=False), audit=audit.append), rounds=1)
-    failing = Deployment({3: lambda c: Hostile(honest(c).to_client(), fit=failed)})
-    failing.run(defended(fedavg(inplace=False)), rounds=1)
-    for name in NAMES:  # as if that client had not answered
-        np.testing.assert_allclose(
-            hostile.released[-1][name], failing.released[-1][name], atol=1e-6
+    released = []
+    for change in (bad, failed):  # as if that client had not answered
+        deployment = Deployment(
+            {3: lambda c, change=change: Hostile(honest(c).to_client(), fit=change)}, size=FEW
         )
-    assert [text for text in audit[0]["refused"] if text.startswith("train reply of node 103")]
+        strategy = defended(fedavg(Ordered), start_round=99)
+        deployment.run(strategy, rounds=1)
+        released.append(deployment.released[-1])
+        refused = [r.sender for r in strategy.defence.record.refused]
+        assert refused == (["node 103"] if change is bad else [])
+    for name in NAMES:
+        np.testing.assert_array_equal(released[0][name], released[1][name])
 
 
 def failed(result: FitRes) -> FitRes:
@@ -389,8 +417,14 @@ BAD_REPORTS = {
     "noise": changed_report(**{"none.report/predictions": b"\x00" * 7}),
     "a field too many": changed_report(**{"none.report/extra": b"1"}),
     "too long": changed_report(**{"none.report/predictions": b"1" * 10**6}),
-    "another round": changed_report(**{"none.round": 9}),
-    "no round": changed_report(**{"none.round": "1"}),
+    "a thousand fields": changed_report(**{f"none.report/{i}": b"1" for i in range(1000)}),
+    "another round": changed_report(**{"none.query": '{"round": 9}'}),
+    "a round that is none": changed_report(**{"none.query": '{"round": {"a": 1}}'}),
+    "no JSON": changed_report(**{"none.query": "{"}),
+    "no object": changed_report(**{"none.query": "[1]"}),
+    "depth": changed_report(**{"none.query": "[" * 9000}),
+    "length": changed_report(**{"none.query": '{"round": 1' + " " * 10_000 + "}"}),
+    "bytes": changed_report(**{"none.query": b"1"}),
 }
 
 
@@ -399,11 +433,11 @@ def test_a_hostile_report_is_refused(bad: Callable[[EvaluateRes], EvaluateRes]) 
     none = NoneClient(toy_model, load_data)
     honest = none.wrap(app(none))
     strategy = defended()
-    deployment = Deployment({3: lambda c: Hostile(honest(c).to_client(), evaluate=bad)})
+    deployment = Deployment({3: lambda c: Hostile(honest(c).to_client(), evaluate=bad)}, size=FEW)
     deployment.run(strategy, rounds=1)
     record = strategy.defence.record
     assert [r.sender for r in record.refused] == ["node 103"]
-    assert record.reports == CLIENTS - 1
+    assert record.reports == FEW - 1
 
 
 def test_a_lie_about_dropped_samples_is_not_written_down() -> None:
@@ -411,7 +445,9 @@ def test_a_lie_about_dropped_samples_is_not_written_down() -> None:
     honest = none.wrap(app(none))
     lie = lambda r: replace(r, metrics={**r.metrics, "none.dropped": -5})  # noqa: E731
     strategy = defended()
-    Deployment({3: lambda c: Hostile(honest(c).to_client(), fit=lie)}).run(strategy, rounds=1)
+    Deployment({3: lambda c: Hostile(honest(c).to_client(), fit=lie)}, size=FEW).run(
+        strategy, rounds=1
+    )
     assert strategy.defence.record.purified == {}
 
 
