@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("none_core", "tasks", "client", "server", "simulations", "benchmarks", "tests")
+ROOMS = (
+    "none_core",
+    "tasks",
+    "client",
+    "server",
+    "simulations",
+    "benchmarks",
+    "examples",
+    "tests",
+)
 STANDARD = frozenset(sys.stdlib_module_names) | {"__future__"}
 LIBRARY = frozenset({"torch", "numpy", "scipy", "jenkspy", "cryptography", "none_core"})
 
@@ -29,6 +38,8 @@ ALLOWED: dict[str, frozenset[str] | None] = {
     "server/": None,
     "simulations/": None,
     "benchmarks/": None,
+    # What a user has who installed the library; the rest are the examples' own modules.
+    "examples/": LIBRARY | {"flwr", "one_process", "scene", "client_fn"},
 }
 # What each room may not import, by the top-level name.
 FORBIDDEN: dict[str, frozenset[str]] = {
@@ -40,6 +51,7 @@ FORBIDDEN: dict[str, frozenset[str]] = {
     "server/": frozenset({"client", "simulations", "benchmarks", "tests"}),
     "simulations/": frozenset({"tests"}),
     "benchmarks/": frozenset({"tests"}),
+    "examples/": frozenset({"tasks", "client", "server", "simulations", "benchmarks", "tests"}),
     "tests/": frozenset(),
 }
 # The one import into none_core/flower from outside it: the public name of the conformance suite.
@@ -52,7 +64,11 @@ def files(*suffixes: str) -> Iterator[Path]:
         for path in sorted((ROOT / room).rglob("*")):
             if path.is_file() and path.suffix in suffixes and "__pycache__" not in path.parts:
                 yield path
-    yield from (p for p in sorted(ROOT.iterdir()) if p.is_file() and p.suffix in suffixes)
+    yield from (
+        p
+        for p in sorted(ROOT.iterdir())
+        if p.is_file() and p.suffix in suffixes and p.name != ".git"  # a file in a worktree
+    )
 
 
 def name_of(path: Path) -> str:
@@ -130,6 +146,8 @@ def complaints(source: str, path: str) -> list[str]:
         ("server/a.py", "import simulations.config", ["simulations.config"]),
         ("simulations/a.py", "import server, client, tasks, none_core, rich", []),
         ("simulations/a.py", "import tests.x", ["tests.x"]),
+        ("examples/a.py", "import flwr.app, scene\nfrom none_core.loop import LoopDefence", []),
+        ("examples/a.py", "import tasks.data, sklearn", ["sklearn", "tasks.data"]),
         ("tests/a.py", "import simulations, server, client, hypothesis", []),
     ],
 )

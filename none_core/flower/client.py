@@ -32,14 +32,14 @@ CallNext = Callable[[Message, Context], Message]
 class NoneClient:
     """Answers the queries of a :class:`~none_core.flower.NoneStrategy` on the client's own data.
 
-    For a new-style app, as a mod and a query handler::
+    It is a mod and a query handler::
 
         none = NoneClient(Net, load_data)
         app = ClientApp(mods=[none.mod])
         app.query("activations")(none.query)
 
-    and for a legacy one, as a mod alone: ``ClientApp(client_fn, mods=[none.mod])``. The samples to
-    train on are ``none.kept(context)``: all of them, until the server sends a filter.
+    The samples to train on are ``none.kept(context)``: all of them, until the server sends a
+    filter. Apps with a ``client_fn`` have :class:`none_core.flower.legacy.NoneClient`.
 
     Parameters
     ----------
@@ -77,20 +77,33 @@ class NoneClient:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.model_fn, self.load_data = model_fn, load_data
-        self.prepare = prepare or (lambda inputs: inputs)
+        self.prepare = prepare or _unchanged
         self.neuron_map, self.batch_size = neuron_map, batch_size
-        self.policy, self.noise = policy, noise or (lambda _: np.random.default_rng())
+        self.policy, self.noise = policy, noise or _unpredictable
         self._cache = threading.local()  # one model per thread, since clients may share a process
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the models behind: simulations send an app to their workers, over and over."""
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Build the models anew when they are needed."""
+        self.__dict__.update(state)
+        self._cache = threading.local()
 
     def query(self, message: Message, context: Context) -> Message:
         """Report the activations of the model in ``message`` on the samples that are trained on.
 
         Or say why not, where the client's policy forbids it or leaves nothing to say.
         """
+        return Message(self.answer(message.content, context), reply_to=message)
+
+    def answer(self, content: RecordDict, context: Context) -> RecordDict:
+        """Answer the content of a query; see :meth:`query`."""
         policy = self.policy(context)
         if (reason := policy.declines(context)) is not None:
-            return Message(messages.declined_content(reason), reply_to=message)
-        arrays, spec, min_count = messages.read_query(message.content)
+            return messages.declined_content(reason)
+        arrays, spec, min_count = messages.read_query(content)
         min_count = max(min_count, policy.min_count)
         dataset = self.load_data(context)
         batches = ((x, y) for _, x, y in self._batches(dataset, self.kept(context)))
@@ -115,9 +128,9 @@ class NoneClient:
             report = private_report(seen, layer_of, spec, mechanism, min_count)
         else:
             report = build_report(model, neuron_map, samples, spec, min_count, reader)
-        probe = messages.read_probe(message.content)
+        probe = messages.read_probe(content)
         if probe is not None and TRIGGER_SHIFT in spec.statistics and not policy.noise:
-            server_round = messages.round_of(message.content)
+            server_round = messages.round_of(content)
             finding = self._probe(probe, spec.labels, model, reader, context, server_round)
             report = report.with_trigger_shift(
                 finding.probed, finding.size, finding.success, finding.shift
@@ -126,15 +139,14 @@ class NoneClient:
                 kept = [k for k in probe.watched if finding.triggers.kept[k]]
                 patterns = messages.patterns_record(finding.triggers, kept)
         if report.counts.any():
-            query = message.content.config_records[messages.QUERY]
-            content = messages.report_content(report, query)
+            answer = messages.report_content(report, content.config_records[messages.QUERY])
             if patterns:
-                content[messages.PATTERNS] = patterns
+                answer[messages.PATTERNS] = patterns
         else:
-            content = messages.declined_content(f"no label has {min_count} samples")
+            answer = messages.declined_content(f"no label has {min_count} samples")
         if cost:
-            content[messages.PRIVACY] = ConfigRecord(cost)
-        return Message(content, reply_to=message)
+            answer[messages.PRIVACY] = ConfigRecord(cost)
+        return answer
 
     def mod(self, message: Message, context: Context, call_next: CallNext) -> Message:
         """Flower mod: answers queries, and applies the server's filter before training."""
@@ -142,7 +154,7 @@ class NoneClient:
             return self.query(message, context)
         if not message.has_content() or messages.FILTER not in message.content:
             return call_next(message, context)
-        dropped = self.purify(message, context)
+        dropped = self.purify(message.content, context)
         message.content = messages.without_filter(message.content)
         reply = call_next(message, context)
         if reply.has_content() and not self.policy(context).noise:  # an exact count is not private
@@ -163,13 +175,13 @@ class NoneClient:
             )
         return np.flatnonzero(mask)
 
-    def purify(self, message: Message, context: Context) -> int:
-        """Drop the samples that exceed the server's filter, for good; how many were dropped now."""
-        sample_filter, undo = messages.read_filter(message.content.array_records[messages.FILTER])
+    def purify(self, content: RecordDict, context: Context) -> int:
+        """Drop the samples that exceed a train message's filter, for good; returns how many."""
+        sample_filter, undo = messages.read_filter(content.array_records[messages.FILTER])
         dataset = self.load_data(context)
-        _begin(context, _STATE, messages.round_of(message.content))
+        _begin(context, _STATE, messages.round_of(content))
         kept = self.kept(context)
-        state = undo.apply(messages.state_of(_model_record(message.content)))
+        state = undo.apply(messages.state_of(_model_record(content)))
         mask = np.zeros(len(dataset), dtype=np.uint8)  # type: ignore[arg-type]
         mask[kept] = 1
         reader = None
@@ -262,6 +274,14 @@ def _begin(context: Context, name: str, server_round: int) -> None:
         state[target] = state[source]
     else:
         state.pop(target, None)
+
+
+def _unchanged(inputs: Tensor) -> Tensor:
+    return inputs
+
+
+def _unpredictable(_: Context) -> np.random.Generator:
+    return np.random.default_rng()
 
 
 def _chain(

@@ -195,17 +195,17 @@ def _carry_over_reset(strategy: Strategy, before: ArrayRecord, after: ArrayRecor
         strategy.current_arrays = after
         if strategy.momentum_vector is not None:
             strategy.momentum_vector = [
-                _without_reset(momentum, before[name], after[name])
+                without_reset(momentum, before[name], after[name])
                 for name, momentum in zip(before, strategy.momentum_vector, strict=True)
             ]
     if isinstance(strategy, FedOpt) and strategy.m_t is not None:
         strategy.m_t = {
-            name: _without_reset(momentum, before[name], after[name])
+            name: without_reset(momentum, before[name], after[name])
             for name, momentum in strategy.m_t.items()
         }
 
 
-def _without_reset(momentum: NDArray[Any], before: Array, after: Array) -> NDArray[Any]:
+def without_reset(momentum: NDArray[Any], before: Array, after: Array) -> NDArray[Any]:
     """Zero the momentum of the rows that a reset changed."""
     changed = np.atleast_1d(before.numpy() != after.numpy())
     rows = changed.reshape(len(changed), -1).any(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,6 +103,13 @@ def test_every_kind_of_app_answers_a_query(app: Callable[[NoneClient], ClientApp
     reply = app(NoneClient(net, tensors))(query(), context())
     assert_same(read(reply), wire(build_report(net(), neurons(), [data_of(NODE)], SPEC)))
     assert reply.metadata.src_node_id == NODE
+
+
+def test_a_client_can_be_sent_to_a_worker_after_it_has_answered() -> None:
+    """Simulations started from a script or a notebook send the app along with every message."""
+    none = NoneClient(net, tensors)
+    first = read(none.query(query(), context()))
+    assert_same(read(copy.deepcopy(none).query(query(), context())), first)
 
 
 def test_a_new_style_app_needs_the_handler() -> None:
@@ -335,12 +343,12 @@ def test_a_data_set_that_changes_its_size_is_a_clear_error() -> None:
         return TensorDataset(inputs[: size[0]], labels[: size[0]])
 
     none, state = NoneClient(net, shrinking), context()
-    none.purify(train_message(drop_above(1, 2, 0.0)), state)
+    none.purify(train_message(drop_above(1, 2, 0.0)).content, state)
     size[0] = 39
     for call in (
         lambda: none.kept(state),
         lambda: none.query(query(), state),
-        lambda: none.purify(train_message(drop_above(1, 2, 0.0), server_round=5), state),
+        lambda: none.purify(train_message(drop_above(1, 2, 0.0), server_round=5).content, state),
     ):
         with pytest.raises(ValueError, match="has 39 samples, but had 40 when it was filtered"):
             call()
@@ -350,7 +358,7 @@ def test_a_train_message_with_two_models_is_a_clear_error() -> None:
     message = train_message(drop_above(1, 2, 0.0))
     message.content["teacher"] = record_of(net().state_dict())
     with pytest.raises(ValueError, match="must carry one model, this one carries 2"):
-        NoneClient(net, tensors).purify(message, context())
+        NoneClient(net, tensors).purify(message.content, context())
 
 
 def test_other_messages_pass_through() -> None:
