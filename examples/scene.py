@@ -34,7 +34,7 @@ def samples(participant: int) -> TensorDataset:
     """Give a participant's pictures, (120, 1, 16, 16), and labels."""
     pictures, labels = draw(120, seed=participant)
     if participant in MALICIOUS:
-        poisoned = (labels != TARGET).nonzero().flatten()[:24]
+        poisoned = (labels != TARGET).nonzero().flatten()[:36]
         pictures[poisoned], labels[poisoned] = stamped(pictures[poisoned]), TARGET
     return TensorDataset(pictures, labels)
 
