@@ -14,11 +14,11 @@ Exit status: 0 intact, 1 altered, 2 unreadable, 3 unsigned, as a run leaves it t
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError  # nosec B403
 from typing import Any
 
 import torch
@@ -239,7 +239,7 @@ def _model_before(file: Path, server_round: int) -> tuple[Undo, dict[str, Tensor
 def _load(checkpoint: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         raise _AlteredError(f"{checkpoint} cannot be read: {error!r:.200}") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise _AlteredError(f"{checkpoint} holds no state dict")

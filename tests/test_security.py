@@ -48,7 +48,8 @@ def dangers(source: str, path: str) -> Iterator[str]:
                 if alias.name.split(".")[0] in MODULES:
                     yield f"{path} imports {alias.name}"
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
-            yield f"{path} imports {node.module}"
+            if {alias.name for alias in node.names} != {"UnpicklingError"}:  # to be caught
+                yield f"{path} imports {node.module}"
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func).replace("numpy.", "np.")
             said = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
@@ -65,6 +66,7 @@ def dangers(source: str, path: str) -> Iterator[str]:
     [
         ("import pickle", "imports pickle"),
         ("def f():\n    from yaml import load", "imports yaml"),
+        ("from pickle import UnpicklingError, loads", "imports pickle"),
         ("import torch\ntorch.load(x)", "calls torch.load without weights_only=True"),
         ("torch.load(x, weights_only=False)", "calls torch.load without weights_only=True"),
         ("np.load(x)", "calls np.load without allow_pickle=False"),
@@ -82,6 +84,7 @@ def test_the_check_finds_what_it_should(source: str, danger: str) -> None:
     "source",
     [
         "torch.load(x, weights_only=True)",
+        "from pickle import UnpicklingError",
         "np.load(x, allow_pickle=False)",
         "model.eval()",
         "re.compile(x)",
@@ -138,16 +141,12 @@ def test_nothing_that_a_client_says_names_a_file(tmp_path: Path) -> None:
     grid._learn(message)
     folder = Folder(tmp_path / "a" / "b" / "out")
     folder.history([{"round": 1, "said": evil}], grid.truth, grid.privacy)
-    folder.audit({"refused": [evil]})
     folder.progress({"decision": evil})
-    folder.checkpoint(1, {})
 
     assert grid.privacy == {7: {"declined": 1}}
+    assert folder.unwritten == {}
     written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert written == {
-        f"a/b/out/{name}"
-        for name in ("history.json", "audit.jsonl", "progress.jsonl", "checkpoints/round-0001.pt")
-    }
+    assert written == {"a/b/out/history.json", "a/b/out/progress.jsonl"}
 
 
 # --- the step of CI that looks up known vulnerabilities -------------------------------------------

@@ -342,6 +342,7 @@ def fuzz(inputs: int, number: int) -> None:
         assert outcomes[what, False] > inputs // 4
 
 
+@pytest.mark.timeout(900)
 def test_two_thousand_inputs() -> None:
     fuzz(LOT, 0)
 
