@@ -296,17 +296,25 @@ def of_another_round(reply: Message) -> list[Message]:
 
 
 PARTICIPANTS: dict[str, tuple[str, Callable[[Message], list[Message]], str]] = {
-    "killed, cut off or too slow while training": ("train", nothing, "missing"),
-    "killed, cut off or too slow while reporting": ("query", nothing, "missing"),
-    "raising an exception while training": ("train", failing, "failed"),
-    "raising an exception while reporting": ("query", failing, "missing"),
-    "given up by the SuperLink while training": ("train", by_the_superlink, "failed"),
-    "given up by the SuperLink while reporting": ("query", by_the_superlink, "missing"),
-    "its model cut off while uploading": ("train", torn, "refused"),
-    "its report cut off while uploading": ("query", torn, "refused"),
-    "sending its model twice": ("train", twice, "refused"),
-    "sending its report twice": ("query", twice, "refused"),
-    "reporting about another round": ("query", of_another_round, "refused"),
+    "that does not answer in time (killed, cut off, too slow) while training": (
+        "train",
+        nothing,
+        "missing",
+    ),
+    "that does not answer in time (killed, cut off, too slow) while reporting": (
+        "query",
+        nothing,
+        "missing",
+    ),
+    "that raises an exception while training": ("train", failing, "failed"),
+    "that raises an exception while reporting": ("query", failing, "missing"),
+    "that the SuperLink gives up while training": ("train", by_the_superlink, "failed"),
+    "that the SuperLink gives up while reporting": ("query", by_the_superlink, "missing"),
+    "whose model is cut off while uploading": ("train", torn, "refused"),
+    "whose report is cut off while uploading": ("query", torn, "refused"),
+    "that sends its model twice": ("train", twice, "refused"),
+    "that sends its report twice": ("query", twice, "refused"),
+    "that reports about another round": ("query", of_another_round, "refused"),
 }
 
 
