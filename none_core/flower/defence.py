@@ -326,6 +326,7 @@ class Defence:
         if server_round == 1:  # a new run knows nothing
             self._filter, self._scene, self._accuracy = None, None, 0.0
             self._sighting, self._watched_until = _Sighting(), 0
+            self._scene_certified, self._resets = False, 0
             self._left_over, self._spoken_of = self._left_over[:0], frozenset()
             self._reputation = _fresh(self._fresh_reputation)
         if self.quarantine:  # also in rounds that do not query, or not with success
