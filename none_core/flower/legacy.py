@@ -254,7 +254,7 @@ class _WrappedClient(Client):
         filtered, config = _split(ins.config, _ARRAY)
         if not filtered:
             return self._client.fit(ins)
-        arrays = {n: Array(np.load(io.BytesIO(b))) for n, b in filtered.items()}
+        arrays = {n: Array(np.load(io.BytesIO(b), allow_pickle=False)) for n, b in filtered.items()}
         query = ConfigRecord(json.loads(str(config.pop(QUERY))))
         filter_record = ArrayRecord(arrays)
         content = RecordDict({MODEL: self._model(ins), FILTER: filter_record, QUERY: query})
