@@ -93,7 +93,8 @@ class Run:
         self.rounds: list[dict[str, Any]] = []
         self.timing: list[dict[str, float]] = []
         self._dropped = (0, 0)  # samples, and poisoned ones among them, in the rounds so far
-        self._strongest = -1.0  # surprise in the round whose evidence is kept
+        # Of the round whose evidence is kept: whether neurons were reset, and how clear it was.
+        self._strongest: tuple[bool, float] = (False, -1.0)
         self._round_began = time.perf_counter()
         # What the run is, wherever and however often it is started.
         self._settings = {
@@ -245,17 +246,14 @@ class Run:
         return {"dropped": now[0] - before[0], "poisoned": now[1] - before[1]}
 
     def _keep_evidence(self, record: RoundRecord) -> None:
-        """Keep the evidence of the change at which the backdoor was seen most clearly."""
+        """Keep the evidence of the reset, or repair, at which the backdoor was seen best."""
         if record.patterns:
             self.folder.patterns(record)
         if record.detection is None or record.before is None:
             return
-        strength = max(
-            *(s.surprise for s in record.detection.suspicions),
-            *(a.strength for a in record.detection.attacks),
-            0.0,
-            0.0,
-        )
+        seen = [s.surprise for s in record.detection.suspicions]
+        seen += [attack.strength for attack in record.detection.attacks]
+        strength = bool(record.neurons_reset.size), float(max(seen, default=0.0))
         if strength > self._strongest and isinstance(self.strategy, NoneStrategy):
             self._strongest = strength
             self.folder.evidence(self.strategy.defence, record, self.grid.partition_of)
