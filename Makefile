@@ -7,7 +7,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/.installed
 EXPERIMENT := simulations/experiments/dba-mnist5k.toml
 MATRIX := simulations/experiments/matrix-small.toml
-ROOMS := none_core tasks client server simulations benchmarks
+ROOMS := none_core tasks client server simulations deployment benchmarks
 WITH_DATA = $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
 
 # What the tools would otherwise write into the home folder, ask the network for, or report.
@@ -23,10 +23,12 @@ export RAY_USAGE_STATS_ENABLED := 0
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: help simulate bars matrix test lint audit fuzz bench clean
+.PHONY: help simulate deploy deploy-local bars matrix test lint audit fuzz bench clean
 
 help:
 	@echo "make simulate   the attack without and with the defence, and a comparison, into results/"
+	@echo "make deploy-local   the defended run between processes with TLS, keys and a gateway"
+	@echo "make deploy     the same between containers (a Docker engine and docker-compose)"
 	@echo "make bars       every promised figure, three seeds each, into docs/bars.md (an hour;"
 	@echo "                DATA_ROOT=folder for full MNIST)"
 	@echo "make matrix     what decides among defences, attacks and data, into docs/results-small.md"
@@ -48,6 +50,19 @@ simulate: $(INSTALLED)
 	$(RUN) --set 'defense.name="undefended"' --out results/undefended
 	$(RUN) --set attack.obeys_filter=false --set 'attack.reporter="hide"' --out results/defended
 	$(PY) -m simulations compare results/undefended results/defended --out results/compare
+
+# The same run between a SuperLink, a gateway and ten SuperNodes; docs/deployment.md.
+#   make deploy-local DEPLOY="--set 'defense.name=\"undefended\"'"
+#   make deploy BASE=none-defense-base       with an image that docker/base.sh made
+DEPLOY ?=
+DEPLOYED = $(EXPERIMENT) --set experiment.rounds=32 --set attack.obeys_filter=false \
+	--set 'attack.reporter="hide"' $(DEPLOY)
+
+deploy-local: $(INSTALLED)
+	$(PY) -m deployment local $(DEPLOYED) --out results/deployed-local
+
+deploy: $(INSTALLED)
+	$(PY) -m deployment containers $(DEPLOYED) --out results/deployed
 
 bars: $(INSTALLED)
 	$(PY) -m simulations matrix simulations/experiments/bars.toml $(WITH_DATA)

@@ -28,13 +28,22 @@ from tasks.training import train
 State = Mapping[str, Tensor]  # a model's state dict
 Reply = Callable[[Message, Context], Message]  # what answers a message for a participant
 
+# Keys of a deployed participant's node configuration, beside Flower's ``partition-id``.
+DATA_ROOT, ATTACKER = "data-root", "attacker"
+
 # Streams of random numbers that one experiment's seed is split into.
 _PARTITION, _POISON, _TRAINING, _SUBSET, _NOISE = 10, 11, 12, 13, 14
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sections of the configuration that a participant reads, and which participant it is."""
+    """The sections of the configuration that a participant reads, and which participant it is.
+
+    In a simulation everybody loads the data set and takes its share, and the seed says who is
+    malicious. A deployed participant knows no more than its node's configuration says:
+    ``data-root`` is a folder with its own share and nothing else, and ``attacker`` is its number
+    among the attackers; without that it is honest.
+    """
 
     experiment: ExperimentConfig
     task: TaskConfig
@@ -42,18 +51,26 @@ class Settings:
     attack: AttackConfig
     run: RunConfig
     partition_id: int
+    deployed: bool = False
+    attacker: int | None = None
 
     @classmethod
     def of(cls, context: Context) -> Settings:
         """Read them from a Flower context."""
-        config = context.run_config
+        config, node = context.run_config, context.node_config
+        run = from_run_config(config, "run", RunConfig)
+        deployed = DATA_ROOT in node
+        if deployed:
+            run = run.model_copy(update={"data_root": str(node[DATA_ROOT])})
         return cls(
             experiment=from_run_config(config, "experiment", ExperimentConfig),
             task=from_run_config(config, "task", TaskConfig),
             train=from_run_config(config, "train", TrainConfig),
             attack=from_run_config(config, "attack", AttackConfig),
-            run=from_run_config(config, "run", RunConfig),
-            partition_id=int(context.node_config["partition-id"]),
+            run=run,
+            partition_id=int(node["partition-id"]),
+            deployed=deployed,
+            attacker=int(node[ATTACKER]) if deployed and ATTACKER in node else None,
         )
 
     @property
@@ -66,9 +83,19 @@ class Settings:
         )
 
     @property
+    def number(self) -> int | None:
+        """Its position among the attackers, from 0; None for an honest participant."""
+        if self.attack.name == "none":
+            return None
+        if self.deployed:
+            return self.attacker
+        malicious = self.malicious
+        return malicious.index(self.partition_id) if self.partition_id in malicious else None
+
+    @property
     def is_malicious(self) -> bool:
         """Whether this participant is one of the attackers."""
-        return self.partition_id in self.malicious
+        return self.number is not None
 
     @property
     def trigger(self) -> Trigger:
@@ -182,6 +209,9 @@ class Participant:
 def clean_share(settings: Settings) -> LocalData:
     """Load a participant's share of the data as it is before anybody poisons it."""
     loaded = _loaded(settings.task.dataset, settings.run.data_root)
+    if settings.deployed:
+        labels = loaded.train_labels
+        return LocalData(loaded.train_images, labels, torch.zeros(len(labels), dtype=torch.bool))
     indices = _partition(
         settings.task, settings.run.data_root, settings.experiment, settings.train.batch_size
     )

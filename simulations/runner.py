@@ -6,7 +6,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,11 @@ class RunError(RuntimeError):
     """The run failed: why, in one sentence."""
 
 
-def execute(experiment: Experiment, console: Console) -> dict[str, Any]:
+def execute(
+    experiment: Experiment,
+    console: Console,
+    run_apps: Callable[[Experiment, Path], None] | None = None,
+) -> dict[str, Any]:
     """Run an experiment and write everything into its output folder.
 
     Parameters
@@ -50,6 +54,9 @@ def execute(experiment: Experiment, console: Console) -> dict[str, Any]:
         What to run, how, and where to.
     console : Console
         Shows the progress and errors; a quiet one shows nothing.
+    run_apps : callable, optional
+        Runs the Flower apps of an experiment, whose processes log to a file; left out, the engine
+        of the configuration. It raises a RunError when they fail.
 
     Returns
     -------
@@ -73,7 +80,7 @@ def execute(experiment: Experiment, console: Console) -> dict[str, Any]:
         progress.shown(output / progress.FILE, settings.name, settings.rounds, console),
         _logged(output / LOG, console),
     ):
-        _run_apps(experiment, output / LOG)
+        (run_apps or _run_apps)(experiment, output / LOG)
     seconds = time.perf_counter() - begin
     history = results.read(output, results.HISTORY)
     timing = {"seconds": round(seconds, 2), **results.read(output, results.TIMING)}

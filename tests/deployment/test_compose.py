@@ -1,0 +1,129 @@
+"""What docker-compose.yml and the Dockerfile promise, read from the files themselves."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployment.containers import ATTACKERS, INSIDE, PARTICIPANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+FILE: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = FILE["services"]
+PEOPLE = {name: s for name, s in SERVICES.items() if re.match(r"(supernode|attacker)-\d+$", name)}
+SERVERS = {name: s for name, s in SERVICES.items() if name not in PEOPLE}
+UNITS = {"m": 1 << 20, "g": 1 << 30}
+
+
+def started(profile: str) -> dict[str, dict[str, Any]]:
+    """Services that a profile starts, and those that always are."""
+    return {n: s for n, s in SERVICES.items() if profile in s.get("profiles", [profile])}
+
+
+def sources(service: dict[str, Any]) -> dict[str, str]:
+    """What is mounted, relative to the deployment's folder, and how."""
+    mounts = [volume.removeprefix("${SITE:-./.deployment}/") for volume in service["volumes"]]
+    return {m.rsplit(":", 2)[0]: m.rsplit(":", 1)[1] for m in mounts if m.endswith(":ro")}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_container_is_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert service["user"] == "${OWNER:-10001:10001}"
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["healthcheck"]["test"][0] == "CMD"
+    assert 0 < service["pids_limit"] <= 256
+    assert {entry.split(":")[0] for entry in service["tmpfs"]} == {"/tmp", "/flower"}
+    wide = {"privileged", "cap_add", "network_mode", "pid", "ipc", "devices", "container_name"}
+    assert not wide & set(service)
+    assert "docker.sock" not in str(service)
+
+
+@pytest.mark.parametrize("profile", ["honest", "attack"])
+def test_a_deployment_fits_into_eight_gigabytes(profile: str) -> None:
+    limits = [service["mem_limit"] for service in started(profile).values()]
+    assert len(limits) == len(SERVERS) + PARTICIPANTS
+    assert sum(int(limit[:-1]) * UNITS[limit[-1]] for limit in limits) < 8e9
+
+
+def test_participants_reach_the_gateway_and_nothing_else() -> None:
+    for service in PEOPLE.values():
+        assert service["networks"] == ["participants"]
+        assert "ports" not in service
+        assert "--superlink=gateway:8443" in service["command"]
+    assert [n for n, s in SERVERS.items() if "participants" in s["networks"]] == ["gateway"]
+    assert FILE["networks"]["participants"]["internal"] is True
+    assert FILE["networks"]["control"]["internal"] is True
+
+
+def test_the_operator_alone_reaches_the_superlink_from_outside() -> None:
+    published = {name: s["ports"] for name, s in SERVICES.items() if "ports" in s}
+    assert published == {"superlink": ["127.0.0.1:${OPERATOR_PORT:-18000}:8000"]}
+    assert [n for n, s in SERVICES.items() if "operator" in s["networks"]] == ["superlink"]
+
+
+def test_everybody_holds_what_is_his_and_no_more() -> None:
+    for name, service in PEOPLE.items():
+        number = name.rpartition("-")[2]
+        assert sources(service) == {"authority.pem": "ro", f"participants/{number}": "ro"}
+        assert len(service["volumes"]) == 2
+    assert set(sources(SERVICES["gateway"])) == {"authority.pem", "gateway"}
+    assert set(sources(SERVICES["superlink"])) == {"authority.pem", "superlink"}
+    assert set(sources(SERVICES["server-app"])) == {
+        *("authority.pem", "superlink/runner-secret", "server/data")
+    }
+    writable = {n: [v for v in s["volumes"] if not v.endswith(":ro")] for n, s in SERVICES.items()}
+    assert {name: len(volumes) for name, volumes in writable.items() if volumes} == {
+        "superlink": 1,  # its database
+        "server-app": 1,  # the results
+    }
+
+
+@pytest.mark.parametrize(("profile", "attackers"), [("honest", 0), ("attack", ATTACKERS)])
+def test_a_profile_starts_every_participant_once(profile: str, attackers: int) -> None:
+    people = {name: s for name, s in started(profile).items() if name in PEOPLE}
+    numbers = sorted(int(name.rpartition("-")[2]) for name in people)
+    assert numbers == list(range(PARTICIPANTS))
+    attacking = [int(n.rpartition("-")[2]) for n, s in people.items() if "--attack" in s["command"]]
+    assert sorted(attacking) == list(range(PARTICIPANTS - attackers, PARTICIPANTS))
+
+
+def test_the_superlink_asks_for_keys_and_keeps_what_it_knows() -> None:
+    command = SERVICES["superlink"]["command"]
+    for flag in (
+        *("--enable-supernode-auth", "--isolation=process", "--database=/state/state.db"),
+        *("--ssl-keyfile=/site/superlink/key.pem", "--disable-runtime-dependency-installation"),
+    ):
+        assert flag in command
+    assert "--insecure" not in TEXT
+    data, test_data, results = INSIDE
+    for folder, service in ((test_data, "server-app"), (results, "server-app")):
+        assert any(f":{folder}" in volume for volume in SERVICES[service]["volumes"])
+    assert data.startswith("/participant/")
+
+
+def test_what_is_written_for_old_and_new_compose() -> None:
+    assert not {"version", "name", "include"} & set(FILE)
+    for unknown in ("dockerfile_inline", "host_ip", ":+", "develop:", "required:"):
+        assert unknown not in TEXT
+    assert all(isinstance(port, str) for s in SERVICES.values() for port in s.get("ports", []))
+
+
+def test_the_image_is_unprivileged_and_holds_no_app() -> None:
+    lines = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    steps = [line.split() for line in lines if re.match(r"[A-Z]+ ", line)]
+    assert [step[1] for step in steps if step[0] == "USER"] == ["10001:10001"]
+    copied = [source for step in steps if step[0] == "COPY" for source in step[1:-1]]
+    assert copied == [
+        *("docker/requirements.txt", "constraints.txt", "docker/wheelhouse*/*.whl", "deployment")
+    ]
+    text = "\n".join(lines)
+    assert "# syntax" not in text  # would fetch an image
+    assert "--mount" not in text  # needs BuildKit
