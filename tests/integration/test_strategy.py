@@ -168,6 +168,7 @@ def test_the_metrics_of_the_defence_are_in_the_result() -> None:
     assert dict(result.train_metrics_clientapp[2]) == {
         "none-reports": CLIENTS,
         "none-missing": 0,
+        "none-declined": 0,
         "none-refused": 0,
         "none-suspected": len(ATTACKERS),
         "none-alive": 1,

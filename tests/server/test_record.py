@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,7 @@ def test_what_a_full_disk_does_not_take_is_listed_until_it_does(
         folder.keep(FedAvg(), server_round, record_of(state), {})
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.getLogger("flwr"), "propagate", True)  # Flower's server turns it off
         FullDisk(patch)
         a_round(1)
         assert set(folder.unwritten) == {
