@@ -98,7 +98,7 @@ def scene_of(
     ]
     exits = [Part(f"{name}.weight", np.array([label])) for name in outputs]
     companions += [Part(f"{name}.bias", np.array([label])) for name in outputs]
-    present = tuple(dict.fromkeys(part for part in companions if part.name in shapes))
+    present = tuple(part for part in companions if part.name in shapes)
     return Scene(label, tuple(entrances), tuple(exits), present)
 
 

@@ -1,7 +1,7 @@
 """Robust aggregation where a backdoor lives, and only there.
 
 A reset takes a neuron out of use, so it has to be well founded. Replacing the *average* of the
-clients' weights by their coordinate-wise *median* costs next to nothing if the suspicion was wrong,
+clients' weights by their coordinate-wise *median* takes nothing out of use if it was not,
 and keeps a minority from pushing these weights anywhere: so it is done on mere suspicion.
 
 Source of the median: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal
