@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,7 +104,7 @@ class FullDisk:
 
 
 def test_what_a_full_disk_does_not_take_is_listed_until_it_does(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, flower_log: list[str]
 ) -> None:
     folder, state = Folder(tmp_path), {"w": torch.ones(2)}
     folder.trail.open()
@@ -118,7 +117,6 @@ def test_what_a_full_disk_does_not_take_is_listed_until_it_does(
         folder.keep(FedAvg(), server_round, record_of(state), {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logging.getLogger("flwr"), "propagate", True)  # Flower's server turns it off
         FullDisk(patch)
         a_round(1)
         assert set(folder.unwritten) == {
@@ -128,7 +126,7 @@ def test_what_a_full_disk_does_not_take_is_listed_until_it_does(
         assert set(folder.unwritten.values()) == {"No space left on device"}
         with pytest.raises(OSError, match="No space left"):
             folder.model("model.pt", state)  # without this the run was for nothing
-    assert f"cannot write {tmp_path / 'history.json'}: No space left on device" in caplog.text
+    assert f"cannot write {tmp_path / 'history.json'}: No space left on device" in flower_log
     a_round(2)
     assert set(folder.unwritten) == {"checkpoints/round-0001.pt", "undo/round-0001.npz"}
     assert json.loads((tmp_path / "history.json").read_text())["rounds"] == [{"round": 2}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -198,19 +197,8 @@ def test_every_detector_survives_reports_that_are_well_formed_lies(name: str) ->
         assert all(np.isfinite(a.numpy()).all() for a in outcome.arrays.values())
 
 
-def test_the_summary_names_the_settings_of_both() -> None:
-    strategy = NoneStrategy(FedAvg(), net, torch.zeros(2, INPUTS), quorum=0.7)
-    lines: list[str] = []
-    logger, handler = logging.getLogger("flwr"), logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        strategy.summary()
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    text = "\n".join(lines)
+def test_the_summary_names_the_settings_of_both(flower_log: list[str]) -> None:
+    NoneStrategy(FedAvg(), net, torch.zeros(2, INPUTS), quorum=0.7).summary()
+    text = "\n".join(flower_log)
     for words in ("NONE", "Detector: mixture", "4 in 1 layers", "Quorum: 0.70", "Sampling"):
         assert words in text

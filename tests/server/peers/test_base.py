@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -143,20 +142,12 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_settings_are_logged_above_those_of_the_average(name: str) -> None:
-    logger, lines = logging.getLogger("flwr"), []
-    handler, level = logging.Handler(), logger.level
-    handler.emit = lambda record: lines.append(record.getMessage())
-    strategy = PEERS[name]()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        strategy.summary()
-    finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
-    (own,) = (i for i, line in enumerate(lines) if line.endswith(SETTINGS[name]))
-    (sampling,) = (i for i, line in enumerate(lines) if line.endswith("Sampling:"))
+def test_the_settings_are_logged_above_those_of_the_average(
+    name: str, flower_log: list[str]
+) -> None:
+    PEERS[name]().summary()
+    (own,) = (i for i, line in enumerate(flower_log) if line.endswith(SETTINGS[name]))
+    (sampling,) = (i for i, line in enumerate(flower_log) if line.endswith("Sampling:"))
     assert own < sampling
 
 
