@@ -763,6 +763,8 @@ class Defence:
         if self.audit is None:
             return
         names = [self.neurons.label(int(j)) for j in record.neurons_reset]
+        before = _model_digest(aggregated)
+        after = before if released is aggregated else _model_digest(released)
         scores = detection.scores if detection else np.empty(0)
         self.audit(
             {
@@ -817,8 +819,8 @@ class Defence:
                 ],
                 "budget": self.policy.budget,
                 "how": self.how,
-                "aggregated": _model_digest(aggregated),
-                "released": _model_digest(released),
+                "aggregated": before,
+                "released": after,
             }
         )
 

@@ -328,7 +328,7 @@ def _npy_header(descr: str, shape: tuple[int, ...], fortran: bool) -> bytes:
 
 def state_of(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
     """Torch state dict of a record, in its own memory."""
-    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in arrays.items()}
+    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
 
 
 def record_of(state: Mapping[str, torch.Tensor]) -> ArrayRecord:

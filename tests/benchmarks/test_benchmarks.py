@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,13 @@ def test_the_bars_of_detection_are_those_of_the_largest_case() -> None:
     assert detection._row("mixture", "resnet18", 100, figures).bars == ()
 
 
-def test_median_round_sets_evaluation_apart() -> None:
+def test_a_typical_round_sets_evaluation_apart() -> None:
     entries = [
         {"round": 2, "train": train, "query": 1.0, "decide": 0.5, "evaluate": 2.0}
         for train in (1.0, 2.0, 30.0)
     ]
 
-    figures = rounds.median_round(entries)
+    figures = rounds.typical_round(entries, statistics.median)
 
     assert figures["train"] == 2
     assert figures["round"] == 3.5
@@ -109,7 +110,7 @@ def test_median_round_sets_evaluation_apart() -> None:
 
 def test_a_run_without_a_round_to_measure_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="more rounds"):
-        rounds.median_round([])
+        rounds.typical_round([], statistics.median)
 
 
 def test_round_runs_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
