@@ -553,14 +553,13 @@ class Defence:
         assert self._grid is not None
         server_round = self.record.server_round
         probes = self._probes() if TRIGGER_SHIFT in spec.statistics else {}
+        contents = {
+            probe: messages.query_content(arrays, spec, self.min_count, server_round, probe)
+            for probe in {probes.get(node) for node in self._nodes}
+        }
         outgoing = [
             Message(
-                messages.query_content(
-                    arrays, spec, self.min_count, server_round, probes.get(node)
-                ),
-                node,
-                messages.MESSAGE_TYPE,
-                group_id=str(server_round),
+                contents[probes.get(node)], node, messages.MESSAGE_TYPE, group_id=str(server_round)
             )
             for node in self._nodes
         ]

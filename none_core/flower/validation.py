@@ -90,12 +90,13 @@ def admit(
         else:
             seen.add(node)
             candidates.append(message)
-    layout = _commonest(_layout(message) for message in candidates)
+    layouts = [_layout(message) for message in candidates]
+    layout = _commonest(layouts)
     weights = [_weight(message, weighted_by) for message in candidates]
     limit = max_weight_ratio * float(np.median(weights)) if weights else 0.0
-    for message, weight in zip(candidates, weights, strict=True):
-        if _layout(message) != layout:
-            field, reason = _difference(_layout(message), layout)
+    for message, own, weight in zip(candidates, layouts, weights, strict=True):
+        if own != layout:
+            field, reason = _difference(own, layout)
             refused.append(TrainReplyError(sender_of(message), field, reason))
         elif weight > limit:
             reason = f"claims {weight:g}, more than {max_weight_ratio:g} times the median claim"
@@ -117,14 +118,16 @@ def _check_structure(message: Message, template: Template, weighted_by: str) -> 
     sender = sender_of(message)
     if len(message.content) > MOST_RECORDS:
         raise TrainReplyError(sender, "reply", f"holds {len(message.content)} records")
-    if len(message.content.array_records) != 1:
-        count = len(message.content.array_records)
-        raise TrainReplyError(sender, "reply", f"holds {count} array records instead of one")
-    if len(message.content.metric_records) != 1:
-        count = len(message.content.metric_records)
-        raise TrainReplyError(sender, "reply", f"holds {count} metric records instead of one")
-    _check_arrays(sender, next(iter(message.content.array_records.values())), template)
-    _check_metrics(sender, next(iter(message.content.metric_records.values())), weighted_by)
+    arrays = list(message.content.array_records.values())  # Flower searches for them every time
+    metrics = list(message.content.metric_records.values())
+    if len(arrays) != 1:
+        raise TrainReplyError(sender, "reply", f"holds {len(arrays)} array records instead of one")
+    if len(metrics) != 1:
+        raise TrainReplyError(
+            sender, "reply", f"holds {len(metrics)} metric records instead of one"
+        )
+    _check_arrays(sender, arrays[0], template)
+    _check_metrics(sender, metrics[0], weighted_by)
 
 
 def _check_arrays(sender: str, record: ArrayRecord, template: Template) -> None:
