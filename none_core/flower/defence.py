@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from none_core.activations import TRIGGER_SHIFT, ReportSpec
@@ -33,6 +31,8 @@ from none_core.decision import (
 from none_core.detection import DETECTORS, Detection, Detector, Standing
 from none_core.detection.base import IntArray, Recent
 from none_core.flower import messages
+from none_core.flower.inquiry import Answers, Question, ask
+from none_core.flower.rounds import RoundRecord, audit_entry
 from none_core.flower.validation import Template, admit, template_of
 from none_core.neurons import HOWS, NeuronMap
 from none_core.order_statistics import most_liars
@@ -49,86 +49,6 @@ _MOST_HINTS = 3  # classes that clients are asked to look harder at, since some 
 _REPAIRED = 0.2  # share of each layer's neurons that a repair takes the clients' median of
 
 AuditSink = Callable[[dict[str, Any]], None]
-
-
-@dataclass
-class RoundRecord:
-    """What the defence did in one round.
-
-    Attributes
-    ----------
-    server_round : int
-    decision : str
-        One sentence; empty if the round did not query.
-    asked, reports : int
-        Clients that were asked, and valid reports.
-    refused : list of Refusal
-        Train replies and reports that were refused.
-    missing : int
-        Clients that were asked and did not report: no answer, an error, or declined.
-    declined : list of int
-        Node ids of the missing clients that said that they do not report, ascending.
-    purified : dict of int to int
-        Samples that each client says it dropped before training.
-    patterns : dict of int to ndarray
-        For watched classes the mask and pattern that clients show, uint8 (1 + C, *positions), the
-        median over those that do.
-    repaired : list of int
-        Classes for whose backdoor weights were aggregated by the clients' median, ascending.
-    repaired_rows : dict of str to ndarray of int64
-        Rows of the model's tensors that were, or would have been if that had not cost too much.
-    neurons_reset : ndarray of int64
-        Flat indices, the worst first.
-    detection : Detection or None
-    named : list of int
-        Node ids of the clients whose updates stand out where the backdoor lives, ascending.
-    evidence : dict of int to float
-        What is held against each client after this round.
-    quarantined : list of int
-        Node ids of the clients whose updates will be left out from the next round on, ascending.
-    before : dict of str to Tensor or None
-        State dict of the aggregated model, where it was repaired or neurons were reset.
-    """
-
-    server_round: int
-    decision: str = ""
-    asked: int = 0
-    reports: int = 0
-    refused: list[Refusal] = field(default_factory=list)
-    missing: int = 0
-    declined: list[int] = field(default_factory=list)
-    purified: dict[int, int] = field(default_factory=dict)
-    patterns: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
-    repaired: list[int] = field(default_factory=list)
-    repaired_rows: dict[str, IntArray] = field(default_factory=dict)
-    neurons_reset: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    detection: Detection | None = None
-    named: list[int] = field(default_factory=list)
-    evidence: dict[int, float] = field(default_factory=dict)
-    quarantined: list[int] = field(default_factory=list)
-    before: dict[str, Tensor] | None = None
-
-    @property
-    def suspected(self) -> list[int]:
-        """Node ids of the suspected clients, ascending."""
-        suspicions = self.detection.suspicions if self.detection else ()
-        return sorted({suspicion.client for suspicion in suspicions})
-
-    @property
-    def standings(self) -> dict[str, int]:
-        """How many neurons look compromised, by how far that can be trusted; all lower case."""
-        detection = self.detection
-        counts = {standing.name.lower(): 0 for standing in Standing}
-        if detection is not None:
-            for neuron in np.union1d(self.neurons_reset, detection.held_back):
-                counts[standing_of(detection, int(neuron)).name.lower()] += 1
-        return counts
-
-
-def standing_of(detection: Detection | None, neuron: int) -> Standing:
-    """How far it can be trusted that a neuron is compromised."""
-    standing = None if detection is None else detection.standing
-    return Standing.CONTESTED if standing is None else Standing(int(standing[neuron]))
 
 
 @dataclass(frozen=True)
@@ -370,19 +290,23 @@ class Defence:
         server_round = self.record.server_round
         if not self.policy.queries(server_round, self.last_round):
             return arrays
-        reports = self._query(arrays, self._spec_now())
-        needed = self.policy.needed(self.record.asked)
+        answers = self._ask(arrays, self._spec_now())
+        record, reports = self.record, answers.reports
+        record.asked, record.reports = answers.asked, len(reports)
+        record.missing, record.declined = answers.missing, answers.declined
+        record.patterns = answers.patterns
+        needed = self.policy.needed(record.asked)
         if len(reports) < needed:
             decision = (
                 f"kept the aggregated model: {len(reports)} valid reports of "
-                f"{self.record.asked} asked, quorum is {needed}"
+                f"{record.asked} asked, quorum is {needed}"
             )
             log(WARNING, "NONE round %s: %s", server_round, decision)
             self._close(decision, arrays, arrays)
             return arrays
-        detection = self._detect({client: summary for client, (summary, _, _) in reports.items()})
-        self.record.detection = detection
-        accuracy = {c: a for c, (_, a, _) in reports.items() if c not in self._excluded}
+        detection = self._detect({client: answer.summary for client, answer in reports.items()})
+        record.detection = detection
+        accuracy = {c: a.accuracy for c, a in reports.items() if c not in self._excluded}
         self._accuracy = float(np.median(list(accuracy.values()) or [0.0]))
         confirmed = self._attribute(detection)
         planned = decide(
@@ -403,12 +327,12 @@ class Defence:
         if not neurons.size or server_round > self._watched_until:
             self._left_over = self._left_over[:0]
         if after is not before:
-            self.record.neurons_reset, self.record.before = neurons, before
+            record.neurons_reset, record.before = neurons, before
             arrays = messages.record_of(after)
         if self.purify:
             self._filter = build_filter(detection, self.layer_of)
             self._filter_undo = Undo.between(before, after)
-        digests = {client: digest for client, (_, _, digest) in reports.items()}
+        digests = {client: answer.digest for client, answer in reports.items()}
         self._close(decision, aggregated, arrays, digests)
         return arrays
 
@@ -548,70 +472,22 @@ class Defence:
         far = distances(states, scene) >= self.policy.apart
         return [client for client, is_far in zip(clients, far, strict=True) if is_far]
 
-    def _query(self, arrays: ArrayRecord, spec: ReportSpec) -> dict[int, tuple[Any, float, str]]:
-        """Ask this round's participants; summary, accuracy and digest of each valid report."""
+    def _ask(self, arrays: ArrayRecord, spec: ReportSpec) -> Answers:
+        """Ask this round's participants about a model."""
         assert self._grid is not None
-        server_round = self.record.server_round
         probes = self._probes() if TRIGGER_SHIFT in spec.statistics else {}
-        contents = {
-            probe: messages.query_content(arrays, spec, self.min_count, server_round, probe)
-            for probe in {probes.get(node) for node in self._nodes}
-        }
-        outgoing = [
-            Message(
-                contents[probes.get(node)], node, messages.MESSAGE_TYPE, group_id=str(server_round)
-            )
-            for node in self._nodes
-        ]
-        reports: dict[int, tuple[Any, float, str]] = {}
-        patterns: dict[int, list[NDArray[np.uint8]]] = {}
-        watched = self._recent.watched if probes else frozenset()
-        asked = set(self._nodes)
-        answered: set[int] = set()
-        refused: list[Refusal] = []
-        declined: set[int] = set()
-        for reply in self._grid.send_and_receive(outgoing, timeout=self.timeout):
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                log(INFO, "\t> node %s failed to report: %.1000s", node, reply.error.reason)
-                continue
-            try:
-                answered.add(node)
-                if node not in asked or node in reports:
-                    reason = "was not asked for" if node not in asked else "is a second one"
-                    raise Refusal(messages.sender_of(reply), "report", reason)
-                if (excuse := messages.read_declined(reply.content)) is not None:
-                    log(INFO, "\t> node %s does not report: %s", node, excuse)
-                    declined.add(node)
-                    continue
-                report = messages.read_report(
-                    reply.content,
-                    spec,
-                    sender=messages.sender_of(reply),
-                    server_round=server_round,
-                    max_samples=self.max_samples,
-                )
-                sender = messages.sender_of(reply)
-                seen = messages.read_patterns(reply.content, watched, self._shape, sender=sender)
-            except Refusal as refusal:
-                refused.append(refusal)
-                continue
-            if node not in self._excluded:
-                for label, pattern in seen.items():
-                    patterns.setdefault(label, []).append(pattern)
-            summary = self.detector.summarise(report) if spec.statistics else None
-            digest = _digest(reply.content.array_records[messages.REPORT])
-            reports[node] = summary, report.accuracy, digest
-        self._refuse(refused)
-        self.record.asked, self.record.reports = len(asked), len(reports)
-        if probes:
-            self.record.patterns = {
-                label: np.median(np.stack(shown), axis=0).astype(np.uint8)
-                for label, shown in patterns.items()
-            }
-        self.record.declined = sorted(declined - reports.keys())
-        self.record.missing = len(asked - answered) + len(self.record.declined)
-        return reports
+        answers = ask(
+            self._grid,
+            self._nodes,
+            Question(arrays, spec, self.min_count, self.record.server_round, self.max_samples),
+            self.detector,
+            timeout=self.timeout,
+            probes=probes,
+            shape=self._shape,
+            unheard=self._excluded,
+        )
+        self._refuse(answers.refused)
+        return answers
 
     def _scenes(self, detection: Detection) -> list[Scene]:
         """Find where any backdoor lives that is spoken of twice in a row, however uncertain."""
@@ -670,13 +546,11 @@ class Defence:
         if repaired_state is before and not neurons.size:
             return before, neurons, reason
         record, tried = self.record, []
-        # Those of the detection, not of this.
-        counted = record.asked, record.reports, record.missing, record.declined
         predictions = ReportSpec(self.spec.neurons, self.spec.labels)
         while True:
             after = self._reset(repaired_state, neurons)
-            answers = self._query(messages.record_of(after), predictions)
-            loss = accuracy_loss(accuracy, {client: a[1] for client, a in answers.items()})
+            answers = self._ask(messages.record_of(after), predictions).reports
+            loss = accuracy_loss(accuracy, {c: a.accuracy for c, a in answers.items()})
             if loss <= self.policy.guard:
                 did = [f"reset {len(neurons)}"] if neurons.size else []
                 if record.repaired:
@@ -694,7 +568,6 @@ class Defence:
                 tried.append(f"the median alone would have cost {100 * loss:.1f} points")
             after, neurons, record.repaired = before, neurons[:0], []
             break
-        record.asked, record.reports, record.missing, record.declined = counted
         if tried:
             reason += f" ({', '.join(tried)})"
         return after, neurons, reason
@@ -761,65 +634,19 @@ class Defence:
         log(INFO, "NONE round %s: %s", record.server_round, decision)
         if self.audit is None:
             return
-        names = [self.neurons.label(int(j)) for j in record.neurons_reset]
         before = _model_digest(aggregated)
-        after = before if released is aggregated else _model_digest(released)
-        scores = detection.scores if detection else np.empty(0)
+        reset = [
+            (self.neurons.label(int(j)), self.neurons.rows(self._model, int(j)))
+            for j in record.neurons_reset
+        ]
         self.audit(
             {
-                "round": record.server_round,
-                "decision": decision,
-                "asked": record.asked,
+                **audit_entry(record, reset),
                 "reports": {str(node): digest for node, digest in (digests or {}).items()},
-                "missing": record.missing,
-                "declined": record.declined,
-                "refused": [str(refusal) for refusal in record.refused],
-                "alive": bool(detection and detection.alive),
-                "suspicions": [
-                    {
-                        "node": s.client,
-                        "label": s.label,
-                        "foreign": round(s.foreign, 6),
-                        "surprise": round(s.surprise, 6),
-                        "alive": s.alive,
-                        "certified": s.certified,
-                    }
-                    for s in suspicions
-                ],
-                "attacks": [
-                    {
-                        "label": a.label,
-                        "size": round(a.size, 6),
-                        "usual": round(a.usual, 6),
-                        "strength": round(a.strength, 6),
-                        "certified": a.certified,
-                    }
-                    for a in (detection.attacks if detection else ())
-                ],
-                "named": record.named,
-                "evidence": {str(c): round(e, 6) for c, e in record.evidence.items() if e},
-                "quarantined": record.quarantined,
-                "standings": record.standings,
-                "repaired": record.repaired,
-                "repaired_rows": {
-                    name: rows.tolist()
-                    for name, rows in record.repaired_rows.items()
-                    if record.repaired
-                },
-                "reset": [
-                    {
-                        "layer": layer,
-                        "neuron": channel,
-                        "score": round(float(scores[j]), 6),
-                        "standing": standing_of(detection, int(j)).name.lower(),
-                        "rows": self.neurons.rows(self._model, int(j)),
-                    }
-                    for (layer, channel), j in zip(names, record.neurons_reset, strict=True)
-                ],
                 "budget": self.policy.budget,
                 "how": self.how,
                 "aggregated": before,
-                "released": after,
+                "released": before if released is aggregated else _model_digest(released),
             }
         )
 
@@ -835,12 +662,3 @@ def _listed(labels: list[int]) -> str:
 
 def _model_digest(arrays: ArrayRecord | None) -> str | None:
     return None if arrays is None else digest_of_model(messages.state_of(arrays))
-
-
-def _digest(report: ArrayRecord) -> str:
-    """SHA-256 over a report as it was received, in a fixed order: what a decision was based on."""
-    digest = hashlib.sha256()
-    for name in sorted(report):
-        digest.update(name.encode())
-        digest.update(report[name].data)
-    return digest.hexdigest()
