@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +18,7 @@ from client.participant import LocalData, Settings, State
 from none_core.flower import NoneClient
 from none_core.flower.client import CallNext
 from none_core.flower.messages import MESSAGE_TYPE, record_of, state_of, without_filter
-from none_core.flower.policy import PREFIX, answers
+from none_core.flower.policy import PREFIX, ReportPolicy, answers
 from tasks.config import TaskConfig
 
 
@@ -91,8 +92,17 @@ def _none(task: TaskConfig) -> NoneClient:
         _current_dataset,
         prepare=lambda images: images.float().div_(255),
         batch_size=512,  # clients that share a process pay for each call together
+        policy=_policy,
         noise=_noise,
     )
+
+
+def _policy(context: Context) -> ReportPolicy:
+    """Read what this participant may say; in a simulation all images are the experimenter's."""
+    policy = ReportPolicy.of(context)
+    wanted = bool(context.run_config.get(f"{PREFIX}patterns", False))
+    shown = policy.patterns or (wanted and not Settings.of(context).deployed)
+    return replace(policy, patterns=shown)
 
 
 def _noise(context: Context) -> np.random.Generator:

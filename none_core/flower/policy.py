@@ -63,7 +63,8 @@ class ReportPolicy:
         The node's owner writes the latter (``flower-supernode --node-config``), and whoever starts
         the run the former: of each limit the stricter one holds, so a run cannot loosen a node's.
         A node that sets any limit has the defaults for the others, against which the run's are held
-        likewise; one that sets none takes the run's as they are.
+        likewise; one that sets none takes the run's as they are, but shows no patterns: that only
+        the owner of the images can allow.
 
         Raises
         ------
@@ -72,7 +73,7 @@ class ReportPolicy:
         """
         run, node = _limits(context.run_config), _limits(context.node_config)
         if not node:
-            return cls(**run)
+            return cls(**run | {"patterns": False})
         own = {field.name: node.get(field.name, field.default) for field in fields(cls)}
         return cls(**own | {name: _STRICTER[name](own[name], run[name]) for name in run})
 

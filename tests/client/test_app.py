@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from client.app import _policy
 from client.participant import Settings, clean_share
 from none_core.flower import messages
 from none_core.flower.messages import state_of
@@ -38,6 +39,22 @@ def everything(label: int) -> SampleFilter:
     one = np.float32([[1]])
     threshold = np.float32([-1e9])
     return SampleFilter(np.array([label]), np.array([[0]]), one, 0 * one, one, threshold)
+
+
+# --- what may be said -----------------------------------------------------------------------------
+
+
+def test_a_run_shows_patterns_of_simulated_images_only() -> None:
+    simulated = context(HONEST)
+    assert not _policy(simulated).patterns
+    simulated.run_config["privacy.patterns"] = True
+    assert _policy(simulated).patterns
+    deployed = context(HONEST)
+    deployed.run_config["privacy.patterns"] = True
+    deployed.node_config["data-root"] = "own"
+    assert not _policy(deployed).patterns
+    deployed.node_config["privacy.patterns"] = True
+    assert _policy(deployed).patterns
 
 
 # --- data -----------------------------------------------------------------------------------------
