@@ -42,6 +42,9 @@ MEGABYTE = 1 << 20
 UPLOAD_SECONDS = 60.0  # for a request to arrive whole
 ANSWER_SECONDS = 60.0  # for the SuperLink to answer it
 CONNECTIONS = 512
+# Requests in the SuperLink at a time: its database has one writer, and who waits for that longer
+# than five seconds is answered with an error, for which a SuperNode gives its message up.
+AT_ONCE = 4
 
 
 class RefusedError(Exception):
@@ -79,9 +82,10 @@ def build(
         transport=transport,
         trust_env=False,
     )
+    turn = asyncio.Semaphore(AT_ONCE)
 
     async def passed(request: Request, url: str) -> Response:
-        """Pass a request on, or answer why not; a SuperNode repeats what was answered with 502."""
+        """Pass a request on, or answer why not; a SuperNode repeats what got 502 or 503."""
         try:
             body = await _body(request, max_bytes)
             if url == FLEET + PUSH:
@@ -91,11 +95,14 @@ def build(
                 for name in (*_ASKED, *_ASKED_OF_VERSIONS)
                 if name in request.headers
             }
-            answer = await client.request(request.method, url, content=body, headers=headers)
+            async with turn:
+                answer = await client.request(request.method, url, content=body, headers=headers)
         except RefusedError as refusal:
             return Response(status_code=refusal.status)
         except httpx.TransportError:
             return Response(status_code=502)
+        if answer.status_code == 500:  # its database was locked, say; nothing was done
+            return Response(status_code=503)
         kept = {name: answer.headers[name] for name in _ANSWERED if name in answer.headers}
         return Response(answer.content, answer.status_code, kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Iterator
 
@@ -170,3 +171,35 @@ def test_a_superlink_that_is_away_is_worth_another_try() -> None:
     app = gateway.build("superlink:8000", context, MAX_BYTES, httpx.MockTransport(away))
     with TestClient(app) as door:
         assert door.post("/v1/fleet/pull-messages").status_code == 502
+
+
+def test_what_a_superlink_fails_at_is_worth_another_try(
+    door: TestClient, superlink: SuperLink
+) -> None:
+    superlink.answer = httpx.Response(500, content=b"database is locked")
+    answer = door.post("/v1/fleet/push-object")
+    assert (answer.status_code, answer.content) == (503, b"")
+
+
+def test_a_superlink_is_asked_a_few_things_at_a_time() -> None:
+    inside = most = 0
+
+    async def slow(_: httpx.Request) -> httpx.Response:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await asyncio.sleep(0.01)
+        inside -= 1
+        return httpx.Response(200)
+
+    context = ssl.create_default_context()
+    app = gateway.build("superlink:8000", context, MAX_BYTES, httpx.MockTransport(slow))
+
+    async def crowd() -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="https://gateway") as client:
+            calls = (client.post("/v1/fleet/pull-messages") for _ in range(5 * gateway.AT_ONCE))
+            return [answer.status_code for answer in await asyncio.gather(*calls)]
+
+    assert asyncio.run(crowd()) == [200] * (5 * gateway.AT_ONCE)
+    assert most == gateway.AT_ONCE
