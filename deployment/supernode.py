@@ -55,7 +55,7 @@ def main() -> int:
         environment = {**os.environ, "NURSERY": str(socket_file), "PATH": path}
         os.execvpe(SUPERNODE, [SUPERNODE, *flags], environment)  # nosec B606
     program = _import()
-    gc.freeze()  # or the collectors of the children would write to all that was imported, and copy it
+    gc.freeze()  # or each child would copy what was imported, when its collector writes to it
     if not _tend(listener, supernode):
         socket_file.unlink(missing_ok=True)
         socket_file.parent.rmdir()
