@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +14,9 @@ from rich.console import Console
 
 from deployment.containers import run_in_containers
 from deployment.local import run_locally
-from simulations import config, results, runner, tables
+from simulations import config, options, results, runner, tables
 from simulations.config import Experiment
-
-FAILED, CONFIGURATION, INTERRUPTED = 1, 2, 130
+from simulations.options import CONFIGURATION, FAILED, INTERRUPTED, fail
 
 Engine = Callable[[Experiment, Path, Console], None]
 
@@ -30,28 +28,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return fail("interrupted", INTERRUPTED)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Deploy, run an experiment, write what a simulation of it writes, and end everything."""
-    overrides = [*arguments.set, 'experiment.engine="flower"']
-    for key, value in (("output", arguments.out), ("data_root", arguments.data_root)):
-        if value is not None:
-            overrides.append(f"run.{key}={json.dumps(str(value), ensure_ascii=False)}")
+    overrides = [*options.overrides(arguments), 'experiment.engine="flower"']
     console = Console(stderr=True, quiet=arguments.quiet)
     try:
         experiment = config.load(arguments.file, overrides)
         engine = functools.partial(arguments.engine, console=console)
         result = runner.execute(experiment, console, engine)
     except (config.ConfigError, runner.OutputError) as error:
-        return _fail(str(error), CONFIGURATION)
+        return fail(str(error), CONFIGURATION)
     except (runner.RunError, results.ResultError) as error:
-        return _fail(f"{error} (logs: {experiment.run.output})", FAILED)
-    printed = Console(width=None if sys.stdout.isatty() else 120)
+        return fail(f"{error} (logs: {experiment.run.output})", FAILED)
+    printed = options.stdout()
     printed.print(tables.summary([(experiment.experiment.name, result)]))
-    for file in runner.written(Path(experiment.run.output)):
-        printed.print(str(file), style="dim", soft_wrap=True, highlight=False)
+    options.list_files(printed, runner.written(Path(experiment.run.output)))
     return 0
 
 
@@ -64,28 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, (engine, text) in engines.items():
         one = commands.add_parser(name, help=text, description=run.__doc__)
-        one.add_argument("file", type=Path, metavar="FILE.toml")
-        one.add_argument(
-            *("--set", "-s"),
-            action="append",
-            default=[],
-            metavar="SECTION.KEY=VALUE",
-            help="override a value of the file, written as in TOML; may be repeated",
-        )
-        one.add_argument("--out", type=Path, help="output folder (default: results/NAME)")
-        one.add_argument("--data-root", type=Path, help="folder that holds the data sets")
-        one.add_argument("--quiet", "-q", action="store_true", help="show no progress")
+        options.add_run_options(one)
         one.set_defaults(engine=engine)
     return parser
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from simulations import options
+from simulations.options import CONFIGURATION, FAILED, INTERRUPTED, fail
+
 if TYPE_CHECKING:
     from simulations import matrix as matrices
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-CONFIGURATION, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,29 +27,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.command(arguments))
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return fail("interrupted", INTERRUPTED)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one experiment."""
     from simulations import config, results, runner, tables
 
-    overrides = list(arguments.set)
-    for key, value in (("output", arguments.out), ("data_root", arguments.data_root)):
-        if value is not None:
-            overrides.append(f"run.{key}={json.dumps(str(value), ensure_ascii=False)}")
     progress = Console(stderr=True, quiet=arguments.quiet)
     try:
-        experiment = config.load(arguments.file, overrides)
+        experiment = config.load(arguments.file, options.overrides(arguments))
         result = runner.execute(experiment, progress)
     except (config.ConfigError, runner.OutputError) as error:
-        return _fail(str(error), CONFIGURATION)
+        return fail(str(error), CONFIGURATION)
     except (runner.RunError, results.ResultError) as error:
-        return _fail(f"{error} (log: {Path(experiment.run.output) / runner.LOG})", FAILED)
+        return fail(f"{error} (log: {Path(experiment.run.output) / runner.LOG})", FAILED)
     output = Path(experiment.run.output)
-    console = _stdout()
+    console = options.stdout()
     console.print(tables.summary([(experiment.experiment.name, result)]))
-    _list_files(console, runner.written(output))
+    options.list_files(console, runner.written(output))
     return 0
 
 
@@ -60,10 +57,10 @@ def compare(arguments: argparse.Namespace) -> int:
         runs = comparison.read(arguments.folders)
         files = comparison.write(runs, arguments.out)
     except (results.ResultError, OSError) as error:
-        return _fail(str(error), CONFIGURATION)
-    console = _stdout()
+        return fail(str(error), CONFIGURATION)
+    console = options.stdout()
     console.print(tables.summary(runs))
-    _list_files(console, files)
+    options.list_files(console, files)
     return 0
 
 
@@ -76,10 +73,10 @@ def matrix(arguments: argparse.Namespace) -> int:
         plan = matrix.Matrix(arguments.file, arguments.out, arguments.data_root)
         cells = plan.cells(everything=arguments.all)
     except config.ConfigError as error:
-        return _fail(str(error), CONFIGURATION)
+        return fail(str(error), CONFIGURATION)
     chosen = [cell for cell in cells if fnmatch.fnmatch(str(cell), f"*{arguments.only}*")]
     if not chosen:
-        return _fail(f"--only {arguments.only} matches no cell", CONFIGURATION)
+        return fail(f"--only {arguments.only} matches no cell", CONFIGURATION)
     if arguments.list:
         return _list_cells(chosen, arguments.workers)
     failures: dict[str, str] = {}
@@ -89,13 +86,13 @@ def matrix(arguments: argparse.Namespace) -> int:
             failures = pool.run(experiments, arguments.out, progress, arguments.workers)
         if not any(pool.finished(cell.folder) for cell in cells):
             _list_failures(failures, arguments.out)
-            return _fail("no cell is finished, so there is nothing to write about", FAILED)
+            return fail("no cell is finished, so there is nothing to write about", FAILED)
         files = matrix_report.write(plan, cells, arguments.docs)
     except pool.BusyError as error:
-        return _fail(str(error), CONFIGURATION)
+        return fail(str(error), CONFIGURATION)
     except (OSError, results.ResultError) as error:
-        return _fail(str(error), FAILED)
-    _list_files(_stdout(), files)
+        return fail(str(error), FAILED)
+    options.list_files(options.stdout(), files)
     return _list_failures(failures, arguments.out)
 
 
@@ -103,7 +100,7 @@ def _list_failures(failures: Mapping[str, str], out: Path) -> int:
     from simulations import pool
 
     for name, reason in failures.items():
-        _fail(f"{name}: {reason} (files: {out / pool.FAILED / name})", FAILED)
+        fail(f"{name}: {reason} (files: {out / pool.FAILED / name})", FAILED)
     return FAILED if failures else 0
 
 
@@ -146,17 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     one = commands.add_parser("run", help="run an experiment", description=run.__doc__)
-    one.add_argument("file", type=Path, metavar="FILE.toml")
-    one.add_argument(
-        *("--set", "-s"),
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override a value of the file, written as in TOML; may be repeated",
-    )
-    one.add_argument("--out", type=Path, help="output folder (default: results/NAME)")
-    one.add_argument("--data-root", type=Path, help="folder that holds the data sets")
-    one.add_argument("--quiet", "-q", action="store_true", help="show no progress")
+    options.add_run_options(one)
     one.set_defaults(command=run)
 
     several = commands.add_parser("compare", help="set runs side by side")
@@ -187,22 +174,6 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not legal: expected a whole number >= 1")
     return number
-
-
-def _stdout() -> Console:
-    """Return a console that does not squeeze its tables into 80 columns of a file or pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
-def _list_files(console: Console, files: Sequence[Path]) -> None:
-    for file in files:
-        console.print(str(file), style="dim", soft_wrap=True, highlight=False)
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -7,6 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from none_core.flower import standalone
+
+
+@pytest.fixture(scope="module")
+def task_identity() -> Iterator[None]:
+    """Flower builds no message outside a task."""
+    with standalone.task_identity():
+        yield
+
 
 @pytest.fixture
 def flower_log() -> Iterator[list[str]]:

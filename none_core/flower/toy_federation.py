@@ -12,7 +12,6 @@ import copy
 import gc
 import itertools
 import logging
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,13 +33,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from none_core.flower.client import NoneClient
 from none_core.flower.messages import record_of, state_of
+from none_core.flower.standalone import RUN_ID, random_seeded, task_identity
 
 CLASSES = 4
 PARTS = 4  # of the trigger, one pixel each
@@ -50,8 +49,6 @@ HIDDEN = 24
 EXAMPLE_INPUT = torch.zeros(2, INPUTS)
 
 _STAMP = 2.0  # twice the brightest pixel of a clean image, so that three rounds are enough
-_RUN_ID = 1
-_SUPERLINK = 1
 _MOST_LOOKS = 4  # at the list of nodes, between two messages
 
 Model = dict[str, NDArray[Any]]
@@ -219,7 +216,7 @@ class ToyFederation:
         def released_model(server_round: int, arrays: ArrayRecord) -> None:
             released.append({name: np.array(array.numpy()) for name, array in arrays.items()})
 
-        with task_identity(), _quiet(), _one_torch_thread(), _random_seeded(0), _small_heap():
+        with task_identity(), _quiet(), _one_torch_thread(), random_seeded(0), _small_heap():
             strategy.start(
                 _ToyGrid(self),
                 record_of(toy_model().state_dict()),
@@ -300,7 +297,7 @@ class _ToyGrid(Grid):
         self._partition = federation.node_ids()
         self._contexts = {
             node: Context(
-                _RUN_ID,
+                RUN_ID,
                 node,
                 {"partition-id": partition, "num-partitions": clients},
                 RecordDict(),
@@ -311,7 +308,7 @@ class _ToyGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._numbers = itertools.count(1)
         self._looks = 0
-        self._run = Run.create_empty(_RUN_ID)
+        self._run = Run.create_empty(RUN_ID)
 
     def set_run(self, run: Run) -> None:
         """Set the run this grid operates in."""
@@ -405,31 +402,6 @@ class _ToyGrid(Grid):
 def _node_id(number: int) -> int:
     """Return an id that nobody takes for the client's number, and not in the numbers' order."""
     return int(np.random.default_rng([2, number]).integers(1 << 40, 1 << 60))
-
-
-@contextmanager
-def task_identity() -> Iterator[None]:
-    """Say which task this process is: Flower builds no message without, and has no public way."""
-    names = ("_task_id", "_run_id", "_node_id")
-    before = {name: getattr(TaskIdentity, name) for name in names}
-    for name, value in zip(names, (1, _RUN_ID, _SUPERLINK), strict=True):
-        setattr(TaskIdentity, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(TaskIdentity, name, value)
-
-
-@contextmanager
-def _random_seeded(seed: int) -> Iterator[None]:
-    """Seed the global generator that Flower's strategies draw nodes from."""
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 @contextmanager

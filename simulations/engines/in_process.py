@@ -9,7 +9,6 @@ import copy
 import hashlib
 import itertools
 import os
-import random
 import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,13 +26,11 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
 
 from none_core.files import replace
+from none_core.flower.standalone import RUN_ID, random_seeded, task_identity
 from tasks.config import RunConfigValue
-
-RUN_ID = 1
 
 
 def run_in_process(
@@ -66,7 +63,7 @@ def run_in_process(
     context = Context(RUN_ID, SUPERLINK_NODE_ID, {}, RecordDict(), dict(run_config))
     with (
         task_identity(),
-        _random_seeded(seed),
+        random_seeded(seed),
         _one_torch_thread(),
         InProcessGrid(
             client_app, run_config, clients=clients, workers=workers, nodes=nodes
@@ -287,35 +284,6 @@ def _called(client_app: ClientApp, message: Message, context: Context) -> Messag
     except Exception:
         error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback.format_exc())
         return Message(error, reply_to=message)
-
-
-@contextmanager
-def task_identity() -> Iterator[None]:
-    """Say which task this process is while a ServerApp runs in it.
-
-    Flower has no public way to do so, and `Message` cannot be built without: its own processes set
-    these three when they start a task. All that we use of it is here.
-    """
-    names = ("_task_id", "_run_id", "_node_id")
-    before = {name: getattr(TaskIdentity, name) for name in names}
-    for name, value in zip(names, (1, RUN_ID, SUPERLINK_NODE_ID), strict=True):
-        setattr(TaskIdentity, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(TaskIdentity, name, value)
-
-
-@contextmanager
-def _random_seeded(seed: int) -> Iterator[None]:
-    """Seed the global generator that Flower's `sample_nodes` draws from."""
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 @contextmanager

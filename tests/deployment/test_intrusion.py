@@ -21,9 +21,9 @@ from deployment.control import Operator
 from deployment.gateway import CALLS
 from deployment.local import Local
 from deployment.processes import Processes
+from none_core.flower.standalone import task_identity
 from simulations import config
 from simulations.engines.commands import Commands
-from simulations.engines.in_process import task_identity
 from tests.deployment.intruder import Intruder
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]

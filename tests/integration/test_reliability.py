@@ -34,11 +34,11 @@ from none_core.files import replace
 from none_core.flower import NoneStrategy
 from none_core.flower.messages import QUERY, record_of, state_of
 from none_core.flower.resume import Continued, keep, recall
+from none_core.flower.standalone import task_identity
 from none_core.flower.toy_federation import (
     EXAMPLE_INPUT,
     ToyFederation,
     _ToyGrid,
-    task_identity,
     toy_model,
 )
 from none_core.trail import Trail

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from server.grid import MeteredGrid, TooFewNodesError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def task_identity() -> Iterator[None]:
-    """Flower builds no message outside a task."""
-    names = ("_task_id", "_run_id", "_node_id")
-    before = {name: getattr(TaskIdentity, name) for name in names}
-    for name in names:
-        setattr(TaskIdentity, name, 1)
-    yield
-    for name, value in before.items():
-        setattr(TaskIdentity, name, value)
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 class Scripted:

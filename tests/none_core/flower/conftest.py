@@ -7,19 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from flwr.supercore.task_identity import TaskIdentity
 
 
 @pytest.fixture(autouse=True, scope="module")
-def task_identity() -> Iterator[None]:
-    """Say which task this is: Flower builds no message without, and has no public way to say it."""
-    names = ("_task_id", "_run_id", "_node_id")
-    before = {name: getattr(TaskIdentity, name) for name in names}
-    for name in names:
-        setattr(TaskIdentity, name, 1)
-    yield
-    for name, value in before.items():
-        setattr(TaskIdentity, name, value)
+def in_a_task(task_identity: None) -> None:
+    """Messages are built everywhere."""
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,5 +1,5 @@
 """Messages need an identity, and rounds are silent and repeatable, as in the Flower tests."""
 
-from tests.none_core.flower.conftest import quiet_and_deterministic, task_identity
+from tests.none_core.flower.conftest import in_a_task, quiet_and_deterministic
 
-__all__ = ["quiet_and_deterministic", "task_identity"]
+__all__ = ["in_a_task", "quiet_and_deterministic"]
