@@ -17,5 +17,5 @@ mmdebstrap --variant=minbase --include="$packages" bookworm - \
 	| docker import --change 'ENV PIP_BREAK_SYSTEM_PACKAGES=1' - "$name"
 
 echo "fetching wheels into docker/wheelhouse"
-python3.11 -m pip wheel --quiet --wheel-dir docker/wheelhouse \
+python3.11 -m pip download --quiet --only-binary :all: --dest docker/wheelhouse \
 	-c constraints.txt -r docker/requirements.txt

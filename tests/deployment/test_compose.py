@@ -121,9 +121,28 @@ def test_the_image_is_unprivileged_and_holds_no_app() -> None:
     steps = [line.split() for line in lines if re.match(r"[A-Z]+ ", line)]
     assert [step[1] for step in steps if step[0] == "USER"] == ["10001:10001"]
     copied = [source for step in steps if step[0] == "COPY" for source in step[1:-1]]
-    assert copied == [
-        *("docker/requirements.txt", "constraints.txt", "docker/wheelhouse*/*.whl", "deployment")
-    ]
+    assert copied == ["docker/*.lock", "constraints.txt", "docker/wheelhouse*/*.whl", "deployment"]
     text = "\n".join(lines)
     assert "# syntax" not in text  # would fetch an image
     assert "--mount" not in text  # needs BuildKit
+
+
+def pins(file: str) -> dict[str, str]:
+    """Name and version of each requirement that is pinned to one."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s+;]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+
+def test_the_image_has_the_versions_of_every_other_installation_and_their_hashes() -> None:
+    known, locked = pins("constraints.txt"), pins("docker/requirements.lock")
+    torch = pins("docker/torch.lock")
+    assert locked | torch == {name: known[name] for name in locked | torch}
+    wanted = (ROOT / "docker" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    names = {re.split(r"[<>=]", line)[0] for line in wanted if line and line[0] != "#"}
+    assert names == names & (locked.keys() | torch.keys())
+    for file, pinned in (("requirements.lock", locked), ("torch.lock", torch)):
+        text = (ROOT / "docker" / file).read_text(encoding="utf-8")
+        entries = re.split(r"^(?=[a-zA-Z])", text, flags=re.MULTILINE)[1:]
+        assert len(entries) == len(pinned)
+        assert all("--hash=sha256:" in entry for entry in entries)
