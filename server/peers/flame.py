@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from flwr.common.logger import log
 from numpy.typing import NDArray
-from sklearn.cluster import HDBSCAN
 
 from server.peers.base import FloatArray, VectorRule, cosines, distances
 
@@ -39,6 +38,8 @@ def admitted(models: FloatArray) -> NDArray[np.bool_]:
     n = len(models)
     if n < 3:
         return np.ones(n, dtype=bool)
+    from sklearn.cluster import HDBSCAN  # which a server without this peer does not need
+
     labels = HDBSCAN(
         min_cluster_size=n // 2 + 1,
         # The paper's 1 leaves out the point itself, which scikit-learn counts.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,24 @@ def test_the_image_has_the_versions_of_every_other_installation_and_their_hashes
         entries = re.split(r"^(?=[a-zA-Z])", text, flags=re.MULTILINE)[1:]
         assert len(entries) == len(pinned)
         assert all("--hash=sha256:" in entry for entry in entries)
+
+
+IMPORTED = """
+import sys
+from importlib import metadata
+import client.app, server.app
+packages = {name.partition(".")[0] for name in sys.modules}
+known = metadata.packages_distributions()
+print(*{name for package in packages for name in known.get(package, [])})
+"""
+
+
+def test_the_image_holds_what_the_apps_import() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    imported = {re.sub(r"[-_.]+", "-", name).lower() for name in done.stdout.split()}
+    held = pins("docker/requirements.lock").keys() | pins("docker/torch.lock").keys()
+    # Torch imports these if they happen to be there, and Python 3.11 brings setuptools along.
+    assert imported - held - {"none-defense"} <= {"opt-einsum", "setuptools"}
