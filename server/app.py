@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from logging import ERROR, INFO
@@ -115,13 +116,16 @@ class Run:
         if arrays is None:
             arrays = record_of(self._build().state_dict())
             self.folder.trail.open(run=self._settings)
-        Continued(self.strategy, done).start(
-            self.grid,
-            arrays,
-            num_rounds=self.experiment.rounds,
-            timeout=self.defense.timeout,
-            evaluate_fn=self.released,
-        )
+        try:
+            Continued(self.strategy, done).start(
+                self.grid,
+                arrays,
+                num_rounds=self.experiment.rounds,
+                timeout=self.defense.timeout,
+                evaluate_fn=self.released,
+            )
+        finally:
+            gc.unfreeze()
         self.folder.model("model.pt", self.model.state_dict())
         self._write_history()
         self.folder.trail.close(round=self.experiment.rounds)
@@ -210,6 +214,9 @@ class Run:
         self._write_history()
         self.folder.progress(entry)
         self._keep(server_round, arrays)  # from here on the round is complete
+        gc.collect()  # Flower's records hold themselves, and so all models of the round
+        if not gc.get_freeze_count():
+            gc.freeze()  # libraries, mostly: from now on this takes milliseconds
         self._round_began = time.perf_counter()
         return MetricRecord({"ba": scores.ba, "asr": scores.asr, "recovered": scores.recovered})
 
