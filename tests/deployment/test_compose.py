@@ -52,7 +52,7 @@ def test_every_container_is_confined(name: str) -> None:
 def test_a_deployment_fits_into_eight_gigabytes(profile: str) -> None:
     limits = [service["mem_limit"] for service in started(profile).values()]
     assert len(limits) == len(SERVERS) + PARTICIPANTS
-    assert sum(int(limit[:-1]) * UNITS[limit[-1]] for limit in limits) < 8e9
+    assert sum(int(limit[:-1]) * UNITS[limit[-1]] for limit in limits) < 8 << 30
 
 
 def test_participants_reach_the_gateway_and_nothing_else() -> None:
