@@ -49,12 +49,19 @@ def main() -> int:
     listener.bind(str(socket_file))
     listener.listen()
     supernode = os.getpid()
+    waiting, ready = os.pipe()
     if os.fork():
         listener.close()
+        os.close(ready)
+        os.read(waiting, 1)  # a message before that would have a process of its own beside it
+        os.close(waiting)
         path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
         environment = {**os.environ, "NURSERY": str(socket_file), "PATH": path}
         os.execvpe(SUPERNODE, [SUPERNODE, *flags], environment)  # nosec B606
+    os.close(waiting)
     program = _import()
+    os.write(ready, b"1")
+    os.close(ready)
     gc.freeze()  # or each child would copy what was imported, when its collector writes to it
     if not _tend(listener, supernode):
         socket_file.unlink(missing_ok=True)
