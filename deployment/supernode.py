@@ -17,15 +17,17 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 BIN = Path(__file__).resolve().parent / "bin"
 PROGRAM = "flwr-clientapp"
@@ -67,7 +69,25 @@ def main() -> int:
         socket_file.unlink(missing_ok=True)
         socket_file.parent.rmdir()
         return 0
-    return int(program() or 0)
+    _end(program)
+
+
+def _end(program: Callable[[], int | None]) -> NoReturn:
+    """Run a ClientApp to its end, and spare it the interpreter's.
+
+    That would count down the references to all that was imported, and so copy it.
+    """
+    try:
+        status: object = program()
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def _flags(arguments: list[str]) -> list[str]:
