@@ -208,7 +208,9 @@ class Participant:
 @lru_cache(maxsize=64)
 def clean_share(settings: Settings) -> LocalData:
     """Load a participant's share of the data as it is before anybody poisons it."""
-    loaded = _loaded(settings.task.dataset, settings.run.data_root)
+    # A deployed participant has its own share and no more, of which nothing is put aside.
+    held_out = settings.task.held_out and not settings.deployed
+    loaded = _loaded(settings.task.dataset, settings.run.data_root, held_out)
     if settings.deployed:
         labels = loaded.train_labels
         return LocalData(loaded.train_images, labels, torch.zeros(len(labels), dtype=torch.bool))
@@ -223,15 +225,15 @@ def clean_share(settings: Settings) -> LocalData:
 
 
 @lru_cache(maxsize=2)
-def _loaded(dataset: str, data_root: str | None) -> data.Data:
-    return data.load(dataset, Path(data_root) if data_root else None)
+def _loaded(dataset: str, data_root: str | None, held_out: bool) -> data.Data:
+    return data.load(dataset, Path(data_root) if data_root else None, held_out=held_out)
 
 
 @lru_cache(maxsize=2)
 def _partition(
     task: TaskConfig, data_root: str | None, experiment: ExperimentConfig, batch_size: int
 ) -> list[np.ndarray]:
-    labels = _loaded(task.dataset, data_root).train_labels.numpy()
+    labels = _loaded(task.dataset, data_root, task.held_out).train_labels.numpy()
     used = _used(len(labels), task.train_images, experiment.seed)
     rng = np.random.default_rng([experiment.seed, _PARTITION])
     if task.partition == "iid":

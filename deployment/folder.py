@@ -151,6 +151,10 @@ def prepare(
             'attack.reporter = "collude" is not legal in a deployment: it reports on the data of '
             "another participant"
         )
+    if experiment.task.held_out:
+        raise ConfigError(
+            "task.held_out = true is not legal in a deployment: settings are chosen in simulations"
+        )
     site = Site(folder, _participants(folder, experiment))
     for private in (
         site.superlink,

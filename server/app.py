@@ -20,7 +20,7 @@ from none_core.flower import NoneStrategy, RoundRecord, resume
 from none_core.flower.messages import record_of, state_of
 from none_core.flower.resume import Continued
 from server import strategies
-from server.config import DefenseConfig
+from server.config import DefenseConfig, ThresholdsConfig
 from server.grid import MeteredGrid
 from server.peers.base import Validated
 from server.record import Folder
@@ -69,6 +69,7 @@ class Run:
         self.task = from_run_config(config, "task", TaskConfig)
         self.attack = from_run_config(config, "attack", AttackConfig)
         self.defense = from_run_config(config, "defense", DefenseConfig)
+        thresholds = from_run_config(config, "thresholds", ThresholdsConfig)
         where = from_run_config(config, "run", RunConfig)
         self.keeps_checkpoints = where.checkpoints
 
@@ -76,7 +77,11 @@ class Run:
         self.grid = MeteredGrid(grid, self.experiment.clients, where.node_timeout)
         key = Path(where.audit_key) if where.audit_key else None
         self.folder = Folder(Path(where.output), key)
-        self.data = data.load(self.task.dataset, Path(where.data_root) if where.data_root else None)
+        self.data = data.load(
+            self.task.dataset,
+            Path(where.data_root) if where.data_root else None,
+            held_out=self.task.held_out,
+        )
         self.trigger = (
             Trigger(self.attack.trigger)
             if self.attack.trigger
@@ -85,6 +90,7 @@ class Run:
         self.model = self._build()
         self.strategy = strategies.build(
             self.defense,
+            thresholds,
             self.experiment.clients,
             self._build,
             self.data.shape,
@@ -106,6 +112,7 @@ class Run:
                 ("train", from_run_config(config, "train", TrainConfig)),
                 ("attack", self.attack),
                 ("defense", self.defense),
+                ("thresholds", thresholds),
                 ("privacy", from_run_config(config, "privacy", PrivacyConfig)),
             )
         }

@@ -110,4 +110,40 @@ class DefenseConfig(Section):
             )
 
 
+class ThresholdsConfig(Section):
+    """``[thresholds]``: from where on "none-strategy" takes something for a sign of a backdoor.
+
+    The defaults were chosen on held-out training images (docs/thresholds.md).
+    """
+
+    foreign: float = Field(
+        0.2, gt=0, lt=1, description="Share of other classes in a suspected pair's mean values."
+    )
+    outlier: float = Field(
+        6.0, gt=0, description="Robust standard deviations by which it exceeds the median pair's."
+    )
+    alive: float = Field(
+        1.5, gt=1, description="Remainder of a live backdoor, in multiples of an ordinary one."
+    )
+    significant: float = Field(
+        1.0, ge=0, description="Standard errors below which a neuron's remainder is noise."
+    )
+    small: float = Field(
+        0.5, gt=0, lt=1, description="Size of an attacked class's trigger, of the median class's."
+    )
+    apart: float = Field(
+        1.5, gt=1, description="Distance of a named client's update, of the median client's."
+    )
+    min_accuracy: float = Field(
+        0.5, ge=0, le=1, description="Median client's accuracy below which nothing is reset."
+    )
+    filter_suspected: float = Field(
+        0.0, description="Lambda of the sample filter for suspected clients."
+    )
+    filter_others: float = Field(3.0, description="Lambda of the sample filter for all others.")
+    repaired: float = Field(
+        0.2, gt=0, le=1, description="Share of a layer's neurons that a repair takes the median of."
+    )
+
+
 _CLIENTS_PER_MALICIOUS = {"multikrum": 2, "bulyan": 4}

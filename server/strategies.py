@@ -10,9 +10,10 @@ import torch
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import nn
 
+from none_core.detection import DETECTORS, Agreement, Detector, Inversion, Mixture
 from none_core.flower import NoneStrategy
 from none_core.flower.defence import AuditSink
-from server.config import DefenseConfig
+from server.config import DefenseConfig, ThresholdsConfig
 from server.peers.flame import Flame
 from server.peers.foolsgold import FoolsGold
 from server.peers.pruning import Pruning
@@ -25,6 +26,7 @@ _NOISE = 30  # stream of random numbers that the experiment's seed is split into
 
 def build(
     config: DefenseConfig,
+    thresholds: ThresholdsConfig,
     clients: int,
     model_fn: Callable[[], nn.Module],
     shape: tuple[int, int, int],
@@ -36,6 +38,7 @@ def build(
     Parameters
     ----------
     config : DefenseConfig
+    thresholds : ThresholdsConfig
     clients : int
         Number of participants.
     model_fn : callable
@@ -97,15 +100,20 @@ def build(
                 FedAvg(**everybody),
                 model_fn,
                 torch.zeros(1, *shape),
-                detector=config.detector,
+                detector=_detector(config.detector, thresholds),
                 reset=config.reset,
                 every=config.every,
                 start_round=config.start_round,
                 budget=config.budget,
                 quorum=config.quorum,
                 guard=config.guard,
+                min_accuracy=thresholds.min_accuracy,
+                apart=thresholds.apart,
                 purify=config.filter,
+                purify_threshold=thresholds.filter_suspected,
+                purify_others=thresholds.filter_others,
                 repair=config.repair,
+                repair_share=thresholds.repaired,
                 quarantine=config.quarantine,
                 liars=config.liars,
                 probe_every=config.probe_every,
@@ -117,3 +125,16 @@ def build(
                 seed=seed,
                 audit=audit,
             )
+
+
+def _detector(name: str, thresholds: ThresholdsConfig) -> Detector:
+    """Build the named detector with the configured thresholds."""
+    mixture = Mixture(
+        foreign=thresholds.foreign,
+        outlier=thresholds.outlier,
+        alive=thresholds.alive,
+        significant=thresholds.significant,
+    )
+    inversion = Inversion(ratio=thresholds.small)
+    ours = {each.name: each for each in (mixture, inversion, Agreement(mixture, inversion))}
+    return ours[name] if name in ours else DETECTORS[name]()

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from server.config import DefenseConfig
+from server.config import DefenseConfig, ThresholdsConfig
 from simulations import identity
 from tasks import models
 from tasks.config import (
@@ -35,6 +35,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "train": TrainConfig,
     "attack": AttackConfig,
     "defense": DefenseConfig,
+    "thresholds": ThresholdsConfig,
     "privacy": PrivacyConfig,
     "run": RunConfig,
 }
@@ -50,6 +51,7 @@ class Experiment(BaseModel):
     train: TrainConfig
     attack: AttackConfig
     defense: DefenseConfig
+    thresholds: ThresholdsConfig
     privacy: PrivacyConfig
     run: RunConfig
 

@@ -70,6 +70,10 @@ def of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         found["attack"] = {k: v for k, v in attack.items() if k not in _WHEN_ASKED}
     if task["partition"] == "iid":
         task.pop("alpha")
+    if not task.get("held_out"):
+        task.pop("held_out", None)
+    if strategy in READS and strategy != "none-strategy":
+        found.pop("thresholds", None)
     limits = _limits(found.pop("privacy", {}))
     if limits and strategy not in SILENT:
         found["privacy"] = limits

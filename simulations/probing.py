@@ -57,8 +57,8 @@ class Probe:
 
 def load_data(experiment: Experiment) -> data.Data:
     """Load the experiment's data set."""
-    root = experiment.run.data_root
-    return data.load(experiment.task.dataset, None if root is None else Path(root))
+    root, task = experiment.run.data_root, experiment.task
+    return data.load(task.dataset, None if root is None else Path(root), held_out=task.held_out)
 
 
 def probe(

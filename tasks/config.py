@@ -76,6 +76,11 @@ class TaskConfig(Section):
     train_images: int | None = Field(
         None, ge=1, description="Use at most so many training images, drawn at random; or all."
     )
+    held_out: bool = Field(
+        False,
+        description="Score on a fifth of the training images, put aside, instead of the test "
+        "images: for choosing settings.",
+    )
     partition: Literal["iid", "dirichlet"] = Field("iid", description="How clients get their data.")
     alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; smaller is less even.")
 

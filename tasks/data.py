@@ -13,7 +13,7 @@ import gzip
 import importlib.util
 import pickle  # nosec B403
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from torch import Tensor
 # another one made on the same split, so it is a constant, not an argument.
 MNIST5K_SPLIT_SEED = 20221128
 MNIST5K_TEST_PER_CLASS = 100
+# Which images `hold_out` puts aside, and what share of each class, for the same reason.
+HELD_OUT_SEED = 20221129
+HELD_OUT_SHARE = 0.2
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 _FASHION = (
@@ -155,7 +158,13 @@ class Data:
         return channels, height, width
 
 
-def load(name: str, data_root: Path | None = None, download: bool = False) -> Data:
+def load(
+    name: str,
+    data_root: Path | None = None,
+    download: bool = False,
+    *,
+    held_out: bool = False,
+) -> Data:
     """Load a data set into memory.
 
     Parameters
@@ -169,6 +178,8 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
         ``gtsrb/gtsrb32.npz`` or ``gtsrb/GTSRB``. "mnist5k" needs none.
     download : bool
         Let torchvision download what is missing into `data_root`.
+    held_out : bool
+        Test on held-out training images instead of the test images; see `hold_out`.
 
     Raises
     ------
@@ -185,8 +196,39 @@ def load(name: str, data_root: Path | None = None, download: bool = False) -> Da
     if name not in _LOADERS:
         raise ValueError(f"data set must be one of {', '.join(NAMES)}, got {name!r}")
     if data_root is not None and (saved := _saved_file(name, data_root)).is_file():
-        return _load_saved(name, saved)
-    return _LOADERS[name](name, data_root, download)
+        loaded = _load_saved(name, saved)
+    else:
+        loaded = _LOADERS[name](name, data_root, download)
+    return hold_out(loaded) if held_out else loaded
+
+
+def hold_out(data: Data) -> Data:
+    """Put a fifth of every class's training images in the place of the test images.
+
+    What is chosen by looking at scores (a threshold, say) is chosen on these, so that the test
+    images stay what nothing was fitted to.
+
+    Parameters
+    ----------
+    data : Data
+
+    Returns
+    -------
+    Data
+        Always the same images of one data set; of a class with fewer than five, none are held out.
+    """
+    labels = data.train_labels.numpy()
+    rng = np.random.default_rng(HELD_OUT_SEED)
+    members = (rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels))
+    aside = np.sort(np.concatenate([each[: int(HELD_OUT_SHARE * len(each))] for each in members]))
+    rest = np.setdiff1d(np.arange(len(labels)), aside)
+    return replace(
+        data,
+        train_images=data.train_images[rest],
+        train_labels=data.train_labels[rest],
+        test_images=data.train_images[aside],
+        test_labels=data.train_labels[aside],
+    )
 
 
 def save(data: Data, folder: Path) -> Path:

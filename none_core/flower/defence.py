@@ -46,7 +46,6 @@ from none_core.undo import Undo
 
 _FEWEST_HINTING = 2  # clients to whom a class must look attacked for the others to look harder
 _MOST_HINTS = 3  # classes that clients are asked to look harder at, since some of them may lie
-_REPAIRED = 0.2  # share of each layer's neurons that a repair takes the clients' median of
 
 AuditSink = Callable[[dict[str, Any]], None]
 
@@ -103,8 +102,12 @@ class Defence:
     purify_threshold : float
         Lambda for suspected clients, in standard deviations. At 0 half of their clean samples of
         the label go too: most samples there are poisoned, and a missed one costs far more.
+    purify_others : float
+        Lambda for the other clients.
     repair : bool
         Where reports or triggers speak of a backdoor, aggregate by the clients' median.
+    repair_share : float
+        Share of each layer's neurons whose incoming weights a repair takes the median of, (0, 1].
     quarantine : bool
         Leave out the updates of clients that were named repeatedly.
     reputation : Reputation, optional
@@ -145,7 +148,9 @@ class Defence:
         policy: Policy | None = None,
         purify: bool = True,
         purify_threshold: float = 0.0,
+        purify_others: float = 3.0,
         repair: bool = True,
+        repair_share: float = 0.2,
         quarantine: bool = True,
         reputation: Reputation | None = None,
         liars: int | None = None,
@@ -173,11 +178,18 @@ class Defence:
             raise ValueError(f"timeout must be > 0 seconds, got {timeout}")
         if liars is not None and liars < 0:
             raise ValueError(f"liars must be >= 0, got {liars}")
+        if not 0 < repair_share <= 1:
+            raise ValueError(f"repair_share must be in (0, 1], got {repair_share}")
         if max_weight_ratio <= 1:
             raise ValueError(f"max_weight_ratio must be > 1, got {max_weight_ratio}")
         self.detector, self.how, self.policy = detector, reset, policy or Policy()
-        self.purify, self.purify_threshold = purify, purify_threshold
-        self.repair, self.quarantine, self.liars = repair, quarantine, liars
+        self.purify, self.purify_threshold, self.purify_others = (
+            purify,
+            purify_threshold,
+            purify_others,
+        )
+        self.repair, self.repair_share = repair, repair_share
+        self.quarantine, self.liars = quarantine, liars
         self.share_probes = share_probes
         self.min_count, self.timeout = min_count, timeout
         self.max_samples, self.max_weight_ratio = max_samples, max_weight_ratio
@@ -330,7 +342,7 @@ class Defence:
             record.neurons_reset, record.before = neurons, before
             arrays = messages.record_of(after)
         if self.purify:
-            self._filter = build_filter(detection, self.layer_of)
+            self._filter = build_filter(detection, self.layer_of, threshold=self.purify_others)
             self._filter_undo = Undo.between(before, after)
         digests = {client: answer.digest for client, answer in reports.items()}
         self._close(decision, aggregated, arrays, digests)
@@ -498,7 +510,9 @@ class Defence:
                 shifts[s.label] = np.fmax(known, s.shift)
         again, self._spoken_of = shifts.keys() & self._spoken_of, frozenset(shifts)
         shapes = {name: shape for name, (_, shape) in self._template.items()}
-        return [scene_of(self.neurons, shifts[k], k, shapes, _REPAIRED) for k in sorted(again)]
+        return [
+            scene_of(self.neurons, shifts[k], k, shapes, self.repair_share) for k in sorted(again)
+        ]
 
     def _repaired(self, before: dict[str, Tensor], detection: Detection) -> dict[str, Tensor]:
         """Put the clients' median where a backdoor may live; ``before`` itself if nowhere."""

@@ -102,6 +102,13 @@ def test_what_needs_the_data_of_others_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "site").exists()
 
 
+def test_settings_are_not_chosen_in_a_deployment(tmp_path: Path) -> None:
+    held_out = experiment()
+    task = held_out.task.model_copy(update={"held_out": True})
+    with pytest.raises(ConfigError, match=r"^task\.held_out = true is not legal in a deployment"):
+        folder.prepare(tmp_path / "site", held_out.model_copy(update={"task": task}))
+
+
 def test_a_folder_is_not_used_twice(site: Site) -> None:
     with pytest.raises(FileExistsError):
         folder.prepare(site.folder, experiment())

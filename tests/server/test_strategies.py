@@ -12,7 +12,7 @@ from torch import nn
 from none_core.detection import DETECTORS
 from none_core.flower import NoneStrategy
 from server import strategies
-from server.config import DefenseConfig
+from server.config import DefenseConfig, ThresholdsConfig
 from server.peers.base import Validated
 from server.peers.flame import Flame
 from server.peers.foolsgold import FoolsGold
@@ -43,9 +43,10 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
-def build(name: str, **settings: object):
+def build(name: str, thresholds: ThresholdsConfig | None = None, **settings: object):
     config = DefenseConfig(name=name, **settings)
-    return strategies.build(config, CLIENTS, net, (1, 4, 4), 5, LINES.append)
+    thresholds = thresholds or ThresholdsConfig()
+    return strategies.build(config, thresholds, CLIENTS, net, (1, 4, 4), 5, LINES.append)
 
 
 def test_every_name_has_a_strategy() -> None:
@@ -145,7 +146,46 @@ def test_the_defaults_of_the_configuration_are_those_of_the_library() -> None:
     configured = build("none-strategy").defence
     plain = NoneStrategy(FedAvg(), net, configured._model[1].weight.new_zeros(1, 1, 4, 4)).defence
     assert configured.policy == plain.policy
-    same = ("how", "purify", "min_count", "timeout", "purify_threshold")
-    for name in (*same, "quarantine", "liars", "probe", "_reputation"):
+    same = ("how", "purify", "min_count", "timeout", "purify_threshold", "purify_others")
+    for part in ("mixture", "inversion"):
+        assert vars(getattr(configured.detector, part)) == vars(getattr(plain.detector, part))
+    for name in (*same, "repair_share", "quarantine", "liars", "probe", "_reputation"):
         assert getattr(configured, name) == getattr(plain, name), name
     assert configured.detector.name == DefenseConfig().detector
+
+
+def test_every_threshold_reaches_the_defence() -> None:
+    other = ThresholdsConfig(
+        foreign=0.3,
+        outlier=5.0,
+        alive=1.7,
+        significant=0.5,
+        small=0.4,
+        apart=1.6,
+        min_accuracy=0.6,
+        filter_suspected=0.25,
+        filter_others=2.5,
+        repaired=0.3,
+    )
+    unchanged = ThresholdsConfig().model_dump().items() & other.model_dump().items()
+    assert not unchanged, "set each to something else, so that this test sees it"
+
+    def read(defence) -> dict[str, float]:
+        return {
+            **{
+                name: getattr(defence.detector.mixture, name)
+                for name in ("foreign", "outlier", "alive", "significant")
+            },
+            "small": defence.detector.inversion.ratio,
+            "apart": defence.policy.apart,
+            "min_accuracy": defence.policy.min_accuracy,
+            "filter_suspected": defence.purify_threshold,
+            "filter_others": defence.purify_others,
+            "repaired": defence.repair_share,
+        }
+
+    for thresholds in (ThresholdsConfig(), other):
+        assert read(build("none-strategy", thresholds).defence) == thresholds.model_dump()
+    alone = build("none-strategy", other, detector="mixture").defence.detector
+    assert (alone.foreign, alone.alive) == (0.3, 1.7)
+    assert build("none-strategy", other, detector="inversion").defence.detector.ratio == 0.4

@@ -147,3 +147,15 @@ def test_a_resumed_run_is_the_run_that_was_stopped() -> None:
     resumed = experiment(experiment={"name": "toy", "resume": True})
     assert resumed.identity() == experiment().identity()
     assert resumed.run_config()["experiment.resume"] is True
+
+
+def test_thresholds_make_another_experiment_where_something_is_detected() -> None:
+    bolder = {"alive": 1.2}
+    assert folder(thresholds=bolder) != folder()
+    undefended = {"name": "undefended"}
+    assert folder(defense=undefended, thresholds=bolder) == folder(defense=undefended)
+
+
+def test_scores_on_held_out_images_are_of_another_experiment() -> None:
+    assert folder(task={"held_out": True}) != folder()
+    assert folder(task={"held_out": False}) == folder()

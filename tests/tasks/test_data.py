@@ -374,6 +374,37 @@ class TestGtsrb:
         assert len(got.train_labels) == 4
 
 
+class TestHeldOut:
+    def test_a_fifth_of_each_class_is_put_aside_and_the_test_images_are_not_used(self):
+        whole, split = data.load("mnist5k"), data.load("mnist5k", held_out=True)
+        assert (len(split.train_labels), len(split.test_labels)) == (3200, 800)
+        assert split.test_labels.bincount().tolist() == [80] * 10
+
+        def images(*parts: torch.Tensor) -> list[bytes]:
+            return sorted(image.numpy().tobytes() for part in parts for image in part)
+
+        assert images(split.train_images, split.test_images) == images(whole.train_images)
+        assert not set(images(split.test_images)) & set(images(whole.test_images))
+
+    def test_images_keep_their_labels_and_the_choice_is_fixed(self):
+        labels = torch.arange(60) % 6
+        pixels = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
+        made = data.Data("made", pixels, labels, pixels[:0], labels[:0], tuple("abcdef"))
+        one, other = data.hold_out(made), data.hold_out(made)
+        for images, labels in (
+            (one.train_images, one.train_labels),
+            (one.test_images, one.test_labels),
+        ):
+            assert torch.equal(images.flatten().long() % 6, labels)
+        assert torch.equal(one.test_images, other.test_images)
+
+    def test_of_a_tiny_class_nothing_is_put_aside(self):
+        labels = torch.tensor([0] * 4 + [1] * 5)
+        pixels = torch.arange(9, dtype=torch.uint8).reshape(9, 1, 1, 1)
+        made = data.Data("made", pixels, labels, pixels[:0], labels[:0], ("a", "b"))
+        assert data.hold_out(made).test_labels.tolist() == [1]
+
+
 def test_number_of_classes_and_shape_are_known_for_every_data_set():
     assert set(data.CLASSES) == set(data.SHAPES) == set(data.NAMES)
 
