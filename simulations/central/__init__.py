@@ -1,0 +1,1 @@
+"""Training on one machine: NONE beside plain training and the defences that its paper compares."""
