@@ -11,9 +11,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset
 
 from none_core.activations import TRIGGER_SHIFT, build_report, spatial_maximum
+from none_core.batches import Batch, in_order, unchanged
 from none_core.flower import messages
 from none_core.flower.policy import ReportPolicy
 from none_core.neurons import NeuronMap, Reader
@@ -77,7 +78,7 @@ class NoneClient:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.model_fn, self.load_data = model_fn, load_data
-        self.prepare = prepare or _unchanged
+        self.prepare = prepare or unchanged
         self.neuron_map, self.batch_size = neuron_map, batch_size
         self.policy, self.noise = policy, noise or _unpredictable
         self._cache = threading.local()  # one model per thread, since clients may share a process
@@ -238,24 +239,9 @@ class NoneClient:
         cached: tuple[nn.Module, NeuronMap, Reader] = self._cache.model
         return cached
 
-    def _batches(
-        self, dataset: Dataset[Any], indices: NDArray[np.int64]
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+    def _batches(self, dataset: Dataset[Any], indices: NDArray[np.int64]) -> Iterator[Batch]:
         """Yield (indices, inputs, labels) in order."""
-        parts = [
-            indices[start : start + self.batch_size]
-            for start in range(0, len(indices), self.batch_size)
-        ]
-        if isinstance(dataset, TensorDataset):
-            for part in parts:
-                chosen = torch.from_numpy(part)
-                inputs, labels = (tensor[chosen] for tensor in dataset.tensors)
-                yield part, self.prepare(inputs), labels
-        else:
-            subset = Subset(dataset, indices.tolist())
-            loader = DataLoader(subset, batch_size=self.batch_size)
-            for part, (inputs, labels) in zip(parts, loader, strict=True):
-                yield part, self.prepare(inputs), torch.as_tensor(labels)
+        return in_order(dataset, indices, self.batch_size, self.prepare)
 
 
 def _begin(context: Context, name: str, server_round: int) -> None:
@@ -274,10 +260,6 @@ def _begin(context: Context, name: str, server_round: int) -> None:
         state[target] = state[source]
     else:
         state.pop(target, None)
-
-
-def _unchanged(inputs: Tensor) -> Tensor:
-    return inputs
 
 
 def _unpredictable(_: Context) -> np.random.Generator:
