@@ -144,7 +144,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Recent:
-    """What earlier queries saw.
+    """What is known besides the reports: what earlier queries saw, and who stands out elsewhere.
 
     Attributes
     ----------
@@ -152,10 +152,13 @@ class Recent:
         Classes that looked attacked in the last probe.
     watched : frozenset of int
         Classes that a confirmed attack was for, a short while ago.
+    apart : frozenset of (int, int)
+        Pairs of client and label whose samples were told apart from all others of the label before.
     """
 
     sighted: frozenset[int] = frozenset()
     watched: frozenset[int] = frozenset()
+    apart: frozenset[tuple[int, int]] = frozenset()
 
     @property
     def expected(self) -> frozenset[int]:

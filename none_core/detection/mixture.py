@@ -67,7 +67,8 @@ class Mixture(Detector):
        (each layer first divided by its spread). A clean pair puts nearly all weight on its own
        class; *foreign* is the rest.
     3. A pair is suspected if its foreign share exceeds ``foreign`` and stands out from the pairs by
-       ``outlier`` robust standard deviations.
+       ``outlier`` robust standard deviations. (And one that was told apart before, if its remainder
+       is ``strange`` times the ordinary one: poisoned samples that still look like their label.)
     4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
        leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
        are an ordinary blend.
@@ -91,6 +92,9 @@ class Mixture(Detector):
         Standard errors of the mean below which a neuron's remainder counts as noise, >= 0.
     min_clients : int
         Labels held by fewer clients have no clean mean and are left out, >= 3.
+    strange : float
+        Remainder from which a pair that was told apart before is suspected, in multiples of the
+        median pair's, > 1.
     """
 
     name = "mixture"
@@ -103,6 +107,7 @@ class Mixture(Detector):
         alive: float = 1.5,
         significant: float = 1.0,
         min_clients: int = 3,
+        strange: float = 5.0,
     ) -> None:
         if not 0 < foreign < 1:
             raise ValueError(f"foreign must be in (0, 1), got {foreign}")
@@ -114,7 +119,9 @@ class Mixture(Detector):
             raise ValueError(f"significant must be >= 0, got {significant}")
         if min_clients < 3:
             raise ValueError(f"min_clients must be >= 3, got {min_clients}")
-        self.foreign, self.outlier, self.alive = foreign, outlier, alive
+        if not strange > 1:
+            raise ValueError(f"strange must be > 1, got {strange}")
+        self.foreign, self.outlier, self.alive, self.strange = foreign, outlier, alive, strange
         self.significant, self.min_clients = significant, min_clients
 
     def summarise(self, report: Report) -> Summary:
@@ -141,6 +148,8 @@ class Mixture(Detector):
         unmixed = unmix(means, variances, counts, clean_mean, scale)
         suspected = self._suspected(unmixed.foreign)
         ordinary = _median(unmixed.surprise[~suspected])
+        for i, k in np.argwhere(unmixed.surprise > self.strange * ordinary):
+            suspected[i, k] |= (clients[i], k) in recent.apart
         alive = suspected & (unmixed.surprise > self.alive * ordinary)
 
         def remainder(i: int, k: int) -> FloatArray:

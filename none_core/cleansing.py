@@ -1,0 +1,363 @@
+"""NONE on one machine, for whoever has a training loop: find the backdoor, and take it out.
+
+Source: Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors
+During Training", NeurIPS 2022, Algorithm 1. Neurons, activations, detection, decision and the
+sample filter are those of the federated defence: here groups of samples stand in for clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from none_core.activations import (
+    TRIGGER_SHIFT,
+    Report,
+    ReportBuilder,
+    ReportSpec,
+    spatial_maximum,
+)
+from none_core.batches import Batch, in_order, unchanged
+from none_core.decision import Decision, Policy, decide
+from none_core.detection import DETECTORS, Detector
+from none_core.detection.base import FloatArray, IntArray, Recent
+from none_core.neurons import HOWS, NeuronMap, Reader
+from none_core.separation import Split, as_filter, separate
+from none_core.trigger_inversion import Probe, Triggers, probe_model
+
+_GROUPS = 5  # pseudo-clients; samples that stand apart are the last one's
+_PROBING = 3  # of them, those that look for triggers, where the detector wants that
+_PROBED = 512  # samples that each looks at ...
+_STEPS, _IMAGES = 60, 16  # ... in so many steps of so many a class
+_BUDGET = 0.1  # of a layer
+_DEAD = 0.05  # of the dropped samples: if no more get their labels, the backdoor is gone
+_MEMORY = 1 << 28  # bytes for the values of the samples that are compared
+
+
+@dataclass(frozen=True, eq=False)
+class Cleansing:
+    """What one look at a model led to.
+
+    Attributes
+    ----------
+    reason : str
+        One sentence.
+    neurons : ndarray of int64
+        Reset, the worst first; indices of the neuron map.
+    scores : ndarray
+        How compromised each neuron looked, (J,).
+    dropped : ndarray of int64
+        Samples that are not to be trained on any more, ascending; indices of the data set.
+    strengths : dict of int to float
+        For each label how far its two groups of samples stand apart; see
+        :class:`~none_core.separation.Split`.
+    """
+
+    reason: str
+    neurons: IntArray
+    scores: FloatArray = field(repr=False)
+    dropped: IntArray = field(repr=False)
+    strengths: dict[int, float]
+
+    @property
+    def found(self) -> bool:
+        """Whether there was anything to remove."""
+        return bool(self.neurons.size or self.dropped.size)
+
+
+class Cleanser:
+    """Looks at a model that was trained, and takes out what looks like a backdoor.
+
+    Algorithm 1, lines 4 to 18, for whoever has a training loop of their own::
+
+        cleanser = Cleanser(model, example_input)
+        cleansing = cleanser.cleanse(model, dataset)
+        keep_training_without(cleansing.dropped)
+
+    1. The samples of each label are separated in the two groups that stand apart most.
+    2. The samples are dealt to a few pseudo-clients. Where a label's groups stand apart further
+       than one kind of samples does, the smaller one goes to a pseudo-client of its own.
+    3. The detector looks at the pseudo-clients' reports as it looks at clients'. Only if it sees a
+       backdoor alive in the model anything is done.
+    4. The compromised neurons are reset, as far as the budget goes, and the smaller groups dropped.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of the architecture that is trained; its weights do not matter, and it is not kept.
+    example_input : Tensor
+        One batch as the model takes it.
+    detector : str or Detector
+        A name in ``none_core.detection.DETECTORS``, or an instance.
+    policy : Policy, optional
+        Of which ``min_accuracy`` and the budgets are used; by default at most a tenth of a layer is
+        reset at once, since training follows.
+    strength : float
+        From which on two groups stand apart further than samples of one kind do, > 0.
+    reset : {"zero", "init"}
+        What reset weights become.
+    neuron_map : NeuronMap, optional
+        For models that cannot be traced.
+    prepare : callable
+        Applied to each batch of inputs.
+    batch_size : int
+    seed : int
+        Chooses which samples are compared where there are too many, and draws re-drawn weights.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> data = torch.utils.data.TensorDataset(torch.eye(4).repeat(9, 1), torch.arange(36) % 3)
+    >>> Cleanser(model, torch.zeros(1, 4)).cleanse(model, data).dropped.size
+    0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        detector: str | Detector = "mixture",
+        policy: Policy | None = None,
+        strength: float = 7.0,
+        reset: Literal["zero", "init"] = "zero",
+        neuron_map: NeuronMap | None = None,
+        prepare: Callable[[Tensor], Tensor] = unchanged,
+        batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(detector, str):
+            if detector not in DETECTORS:
+                raise ValueError(f"detector must be one of {sorted(DETECTORS)}, got {detector!r}")
+            detector = DETECTORS[detector]()
+        if reset not in HOWS:
+            raise ValueError(f"reset must be one of {HOWS}, got {reset!r}")
+        if not strength > 0:
+            raise ValueError(f"strength must be > 0, got {strength}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.detector, self.strength = detector, strength
+        self.policy = policy or Policy(budget=_BUDGET, certified_budget=_BUDGET)
+        self.how, self.prepare, self.batch_size, self.seed = reset, prepare, batch_size, seed
+        self.neurons = neuron_map or NeuronMap.trace(model, example_input)
+        with _evaluating(model), torch.inference_mode():
+            labels = int(model(example_input).shape[1])
+        self.spec = ReportSpec(self.neurons.size, labels, detector.statistics)
+
+    def cleanse(
+        self, model: nn.Module, dataset: Dataset[Any], kept: IntArray | None = None
+    ) -> Cleansing:
+        """Reset the compromised neurons of a model in place, and name the samples behind them.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The mode of its modules, and the weights of neurons that are not reset, stay as they
+            are.
+        dataset : Dataset
+            Of (input, label), with a length and a fixed order, without random augmentation.
+        kept : ndarray of int64, optional
+            The samples that it was trained on, ascending; all, if not given. The others were
+            dropped before: whether the model still reacts to them says if the backdoor lives.
+
+        Raises
+        ------
+        ValueError
+            If there is no sample.
+        """
+        samples = np.arange(len(dataset))  # type: ignore[arg-type]
+        kept = samples if kept is None else kept
+        if not len(kept):
+            raise ValueError("there is no sample to look at")
+        with _evaluating(model):
+            return self._cleansed(model, dataset, kept, np.setdiff1d(samples, kept))
+
+    def _cleansed(
+        self, model: nn.Module, dataset: Dataset[Any], kept: IntArray, before: IntArray
+    ) -> Cleansing:
+        reader = self.neurons.reader(model)
+        splits = self._separated(reader, dataset, kept)
+        strong = {k: split for k, split in splits.items() if split.strength >= self.strength}
+        dealt = self._dealt(reader, dataset, kept, before, strong)
+        reports, apart = dealt.reports, dealt.apart
+        if TRIGGER_SHIFT in self.spec.statistics:
+            self._probe(model, reader, dataset, np.setdiff1d(kept, apart), reports)
+        layer_of = self.neurons.layer_of(np.arange(self.neurons.size))
+        summaries = {c: self.detector.summarise(report) for c, report in reports.items()}
+        known = Recent(apart=frozenset((_GROUPS - 1, k) for k in dealt.labels))
+        detection = self.detector.detect(summaries, layer_of, 0, known)  # 0: nobody can lie
+        accuracy = float(np.median([report.accuracy for report in reports.values()]))
+        decision = decide(detection, layer_of, self.policy, accuracy=accuracy)
+        if not apart.size and before.size and _obeyed(reports[_GROUPS - 1], dealt.labels) < _DEAD:
+            decision = Decision(
+                decision.neurons[:0], "the model no longer gives the dropped samples their labels"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        if decision.neurons.size:
+            self.neurons.reset(model, decision.neurons, self.how, generator)
+        return Cleansing(
+            reason=decision.reason,
+            neurons=decision.neurons,
+            scores=detection.scores,
+            dropped=apart if detection.alive else apart[:0],
+            strengths={k: split.strength for k, split in splits.items()},
+        )
+
+    def _separated(self, reader: Reader, dataset: Dataset[Any], kept: IntArray) -> dict[int, Split]:
+        """Separate each label's samples, or as many of them as memory has room for."""
+        most = max(1, _MEMORY // (4 * self.spec.neurons * self.spec.labels))
+        priority = np.random.default_rng(self.seed).permutation(len(kept))
+        chosen = {k: _Sampled(most) for k in range(self.spec.labels)}
+        place = 0
+        with torch.inference_mode():
+            for _, inputs, labels in self._batches(dataset, kept):
+                values = spatial_maximum(reader(inputs)[1]).cpu().numpy()
+                ranks = priority[place : place + len(values)]
+                place += len(values)
+                for k in np.unique(labels.numpy()):
+                    mine = labels.numpy() == k
+                    chosen[int(k)].add(values[mine], ranks[mine])
+        held = {k: sampled.values for k, sampled in chosen.items() if len(sampled.values)}
+        typical = np.sqrt(np.mean([values.var(0) for values in held.values()], axis=0))
+        splits = {k: separate(values, typical) for k, values in held.items()}
+        return {k: split for k, split in splits.items() if split is not None}
+
+    def _dealt(
+        self,
+        reader: Reader,
+        dataset: Dataset[Any],
+        kept: IntArray,
+        before: IntArray,
+        strong: dict[int, Split],
+    ) -> _Dealt:
+        """Deal the samples to the pseudo-clients, and report each one's."""
+        smaller = as_filter(strong)
+        builders = [ReportBuilder(self.spec) for _ in range(_GROUPS)]
+        apart: list[IntArray] = [np.empty(0, dtype=np.int64)]
+        suspected = set(strong)
+        # At random: a data set may well have its labels in turn.
+        turns = np.random.default_rng(self.seed).permutation(len(kept))
+        place = 0
+        with torch.inference_mode():
+            for _, inputs, labels in self._batches(dataset, before):
+                logits, reads = reader(inputs)
+                builders[-1].add(reads, logits, labels)
+                suspected |= set(labels.tolist())
+            for indices, inputs, labels in self._batches(dataset, kept):
+                logits, reads = reader(inputs)
+                values = spatial_maximum(reads).cpu().numpy()
+                away = smaller.flagged(values, labels.numpy())
+                apart.append(indices[away])
+                turn = turns[place : place + len(indices)]
+                place += len(indices)
+                # The last one's samples of a suspected label are those apart, and no others.
+                own = np.isin(labels.numpy(), list(suspected))
+                group = np.where(own, turn % (_GROUPS - 1), turn % _GROUPS)
+                group[away] = _GROUPS - 1
+                for number, builder in enumerate(builders):
+                    mine = torch.from_numpy(np.flatnonzero(group == number))
+                    if len(mine):
+                        where = mine.to(logits.device)
+                        builder.add([read[where] for read in reads], logits[where], labels[mine])
+        reports = {number: builder.report() for number, builder in enumerate(builders)}
+        return _Dealt(
+            {number: report for number, report in reports.items() if report.counts.any()},
+            np.sort(np.concatenate(apart)),
+            frozenset(suspected),
+        )
+
+    def _probe(
+        self,
+        model: nn.Module,
+        reader: Reader,
+        dataset: Dataset[Any],
+        clean: IntArray,
+        reports: dict[int, Report],
+    ) -> None:
+        """Have some of the pseudo-clients look for triggers, each on samples of its own."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = clean[torch.randperm(len(clean), generator=generator).numpy()]
+        gradients = [(p, p.requires_grad) for p in model.parameters()]
+        model.requires_grad_(False)
+        try:
+            for number in range(min(_PROBING, len(reports))):
+                share = np.sort(drawn[number::_PROBING][:_PROBED])
+                batches = list(self._batches(dataset, share))
+                inputs = torch.cat([x for _, x, _ in batches])
+                labels = torch.cat([y for _, _, y in batches])
+                nothing = Triggers.unknown(self.spec.labels, inputs[0].cpu())
+                probe = Probe(tuple(range(self.spec.labels)), steps=_STEPS, images=_IMAGES)
+                found = probe_model(model, reader, inputs, labels, probe, nothing, generator)
+                reports[number] = reports[number].with_trigger_shift(
+                    found.probed, found.size, found.success, found.shift
+                )
+        finally:
+            for parameter, required in gradients:
+                parameter.requires_grad_(required)
+
+    def _batches(self, dataset: Dataset[Any], indices: IntArray) -> Iterable[Batch]:
+        return in_order(dataset, indices, self.batch_size, self.prepare)
+
+
+def _obeyed(report: Report, labels: Collection[int]) -> float:
+    """Share of a report's samples of some labels that the model gives their label."""
+    rows = sorted(labels)
+    right = report["predictions"][rows, rows].sum()
+    return float(right / max(1, report.counts[rows].sum()))
+
+
+class _Dealt(NamedTuple):
+    """The pseudo-clients' reports, samples that newly stand apart, and labels with any such."""
+
+    reports: dict[int, Report]
+    apart: IntArray
+    labels: frozenset[int]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Enter evaluation mode; afterwards put back the mode of each module."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Sampled:
+    """The values of at most so many samples, chosen by priority whatever order they come in."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: list[NDArray[np.float32]] = []
+        self._ranks: list[IntArray] = []
+        self._held = 0
+
+    def add(self, values: NDArray[np.float32], ranks: IntArray) -> None:
+        self._values.append(values)
+        self._ranks.append(ranks)
+        self._held += len(ranks)
+        if self._held > 2 * self._most:
+            self._cut()
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        if not self._values:
+            return np.empty((0, 0), dtype=np.float32)
+        self._cut()
+        return self._values[0]
+
+    def _cut(self) -> None:
+        values, ranks = np.concatenate(self._values), np.concatenate(self._ranks)
+        first = np.argsort(ranks)[: self._most]
+        self._values, self._ranks, self._held = [values[first]], [ranks[first]], len(first)

@@ -1,0 +1,286 @@
+"""NONE on one machine: train, find the backdoor, remove it, train on.
+
+Source: Wang et al., "Training with More Confidence: Mitigating Injected and Natural Backdoors
+During Training", NeurIPS 2022, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from none_core import files
+from none_core.batches import in_order
+from none_core.cleansing import Cleanser, Cleansing
+from none_core.detection.base import IntArray
+
+_LOG = logging.getLogger(__name__)
+
+OptimizerFn = Callable[[Iterable[nn.Parameter]], Optimizer]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or is of another training run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a training run ends with, besides the model.
+
+    Attributes
+    ----------
+    kept : ndarray of int64
+        Samples that the last round trained on, ascending.
+    cleansings : tuple of Cleansing
+        One for each look at the model; the last found nothing, unless the rounds were used up.
+    """
+
+    kept: IntArray = field(repr=False)
+    cleansings: tuple[Cleansing, ...]
+
+    @property
+    def dropped(self) -> IntArray:
+        """Samples that were taken for poisoned, ascending."""
+        nothing: list[IntArray] = [np.empty(0, dtype=np.int64)]
+        return np.sort(np.concatenate(nothing + [each.dropped for each in self.cleansings]))
+
+
+class NoneTrainer:
+    """Trains a classifier on samples that somebody may have poisoned.
+
+    It trains, looks at the model, resets its compromised neurons, drops the samples behind them,
+    and trains on with frozen normalisation, until there is nothing left to remove::
+
+        trainer = NoneTrainer(model, dataset, Cleanser(model, example_input), optimizer)
+        trained = trainer.fit()
+
+    Whoever trains otherwise (Lightning, say) calls :class:`~none_core.cleansing.Cleanser` from
+    there.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place, on the device that it is on.
+    dataset : Dataset
+        Of (input, label), with a length and a fixed order.
+    cleanser : Cleanser
+        Its ``prepare`` is applied to the batches that are trained on, too.
+    optimizer : callable
+        ``parameters -> Optimizer``, called at the start and after each reset.
+    retrain_optimizer : callable, optional
+        The same for training after a reset; the published code takes a far smaller step there.
+    loss : callable
+        ``(logits, labels) -> mean loss``.
+    epochs : int
+        Passes over the samples before the first look, >= 1.
+    retrain_epochs : int
+        Passes after each look that found something, >= 1.
+    rounds : int
+        Looks at most, >= 0; at 0 this is ordinary training.
+    batch_size : int
+    seed : int
+        The same gives the same weights on the same machine.
+    checkpoint : Path, optional
+        File that is written after each epoch, and that a run which was stopped goes on from.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument that is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset[Any],
+        cleanser: Cleanser,
+        optimizer: OptimizerFn,
+        *,
+        retrain_optimizer: OptimizerFn | None = None,
+        loss: Loss = functional.cross_entropy,
+        epochs: int = 20,
+        retrain_epochs: int = 5,
+        rounds: int = 3,
+        batch_size: int = 64,
+        seed: int = 0,
+        checkpoint: Path | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("epochs", epochs, 1),
+            ("retrain_epochs", retrain_epochs, 1),
+            ("rounds", rounds, 0),
+            ("batch_size", batch_size, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        self.model, self.dataset, self.cleanser = model, dataset, cleanser
+        self.optimizer, self.retrain_optimizer = optimizer, retrain_optimizer or optimizer
+        self.loss, self.batch_size, self.seed = loss, batch_size, seed
+        self.epochs, self.retrain_epochs, self.rounds = epochs, retrain_epochs, rounds
+        self.checkpoint = checkpoint
+
+    def fit(self) -> Trained:
+        """Train, or go on where a checkpoint was written.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint is damaged or of another run.
+        """
+        state = self._begun()
+        while not state.done:
+            optimizer = self._optimizer(state)
+            while state.epoch < (self.retrain_epochs if state.round else self.epochs):
+                mean = self._train(state, optimizer)
+                state.epoch += 1
+                _LOG.info("round %d, epoch %d: loss %.4f", state.round, state.epoch, mean)
+                self._save(state, optimizer)
+            if state.round == self.rounds:
+                state.done = True
+                break
+            cleansing = self.cleanser.cleanse(self.model, self.dataset, state.kept)
+            _LOG.info(
+                "round %d: %s; %d neurons reset, %d samples dropped",
+                *(state.round, cleansing.reason, cleansing.neurons.size, cleansing.dropped.size),
+            )
+            state.cleansings.append(cleansing)
+            state.kept = np.setdiff1d(state.kept, cleansing.dropped)
+            state.round, state.epoch, state.done = state.round + 1, 0, not cleansing.found
+            state.optimizer = None
+            self._save(state, None)
+        return Trained(state.kept, tuple(state.cleansings))
+
+    def _train(self, state: _State, optimizer: Optimizer) -> float:
+        """Train one epoch; returns the mean loss.
+
+        The order of the samples and whatever else is random in it (dropout) follow from the seed
+        and the number of the epoch, so that a resumed run meets the same. The global random state
+        is left as it was.
+        """
+        stream = np.random.SeedSequence([self.seed, state.round, state.epoch])
+        model, device = self.model, next(self.model.parameters()).device
+        model.train()
+        if state.round:
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        total, seen = torch.zeros((), device=device), 0
+        with torch.random.fork_rng():
+            torch.manual_seed(int(stream.generate_state(1, np.uint64)[0] >> 1))
+            order = state.kept[torch.randperm(len(state.kept)).numpy()]
+            if len(order) > 1 and len(order) % self.batch_size == 1 and self.batch_size > 1:
+                order = order[:-1]  # batch normalisation cannot be trained on one sample alone
+            for _, inputs, labels in in_order(
+                self.dataset, order, self.batch_size, self.cleanser.prepare
+            ):
+                loss = self.loss(model(inputs.to(device)), labels.to(device))
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total += loss.detach() * len(labels)
+                seen += len(labels)
+        return float(total) / max(seen, 1)
+
+    def _optimizer(self, state: _State) -> Optimizer:
+        make = self.retrain_optimizer if state.round else self.optimizer
+        optimizer = make(self.model.parameters())
+        if state.optimizer is not None:
+            optimizer.load_state_dict(state.optimizer)
+        return optimizer
+
+    def _begun(self) -> _State:
+        samples = np.arange(len(self.dataset))  # type: ignore[arg-type]
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return _State(kept=samples)
+        try:
+            read = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+            settings, model, state = read["settings"], read["model"], read["state"]
+        except Exception as error:  # torch raises whatever unpickling does
+            raise CheckpointError(f"{self.checkpoint} cannot be read: {error}") from error
+        if settings != self._settings():
+            differing = [k for k, v in self._settings().items() if settings.get(k) != v]
+            raise CheckpointError(
+                f"{self.checkpoint} is of another run: it differs in {', '.join(differing)}"
+            )
+        self.model.load_state_dict(model)
+        return _State.read(state)
+
+    def _save(self, state: _State, optimizer: Optimizer | None) -> None:
+        if self.checkpoint is None:
+            return
+        tree = {
+            "settings": self._settings(),
+            "model": self.model.state_dict(),
+            "state": state.written(optimizer),
+        }
+        files.replace(self.checkpoint, lambda stream: torch.save(tree, stream))
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a run that goes on must have in common with the one that was stopped."""
+        names = ("epochs", "retrain_epochs", "rounds", "batch_size", "seed")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "samples": len(self.dataset),  # type: ignore[arg-type]
+            "detector": self.cleanser.detector.name,
+            "strength": self.cleanser.strength,
+            "policy": asdict(self.cleanser.policy),
+        }
+
+
+@dataclass
+class _State:
+    """How far a run has come."""
+
+    kept: IntArray
+    round: int = 0
+    epoch: int = 0
+    done: bool = False
+    cleansings: list[Cleansing] = field(default_factory=list)
+    optimizer: dict[str, Any] | None = None
+
+    def written(self, optimizer: Optimizer | None) -> dict[str, Any]:
+        """Return it as a tree of tensors and plain values."""
+        return {
+            "kept": torch.from_numpy(self.kept),
+            "round": self.round,
+            "epoch": self.epoch,
+            "done": self.done,
+            "cleansings": [
+                {
+                    "reason": each.reason,
+                    "neurons": torch.from_numpy(each.neurons),
+                    "scores": torch.from_numpy(each.scores),
+                    "dropped": torch.from_numpy(each.dropped),
+                    "strengths": each.strengths,
+                }
+                for each in self.cleansings
+            ],
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+        }
+
+    @classmethod
+    def read(cls, tree: dict[str, Any]) -> _State:
+        """Read what :meth:`written` returned."""
+        cleansings = [
+            Cleansing(
+                reason=each["reason"],
+                neurons=each["neurons"].numpy(),
+                scores=each["scores"].numpy(),
+                dropped=each["dropped"].numpy(),
+                strengths=each["strengths"],
+            )
+            for each in tree["cleansings"]
+        ]
+        return cls(**tree | {"kept": tree["kept"].numpy(), "cleansings": cleansings})

@@ -1,0 +1,122 @@
+"""Separating the samples of one label in two groups."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from none_core import separation
+from none_core.separation import Split, as_filter, separate
+
+NEURONS = 60
+STRONG = 7.0  # what the cleanser takes for two kinds
+
+
+def label(few: int, many: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Samples of one label, of which a few have ten neurons moved by some deviations."""
+    rng = np.random.default_rng(seed)
+    values = rng.gamma(2.0, size=(few + many, NEURONS)).astype(np.float32)
+    put = rng.permutation(few + many) < few
+    values[np.ix_(put, np.arange(10))] += 5.0
+    values[np.ix_(put, np.arange(10, 13))] -= 3.0
+    return values, put
+
+
+TYPICAL = np.full(NEURONS, 1.4)
+
+
+@pytest.mark.parametrize(("few", "many"), [(5, 300), (20, 300), (100, 300), (250, 300)])
+def test_what_was_put_there_stands_apart(few: int, many: int) -> None:
+    values, put = label(few, many)
+    split = separate(values, TYPICAL)
+    assert split is not None
+    assert (split.apart == put).all()
+    assert split.strength > STRONG
+    assert set(split.neurons[:10]) == set(range(10))
+    assert (split.sign[:10] == 1).all()
+    assert set(np.flatnonzero(split.shift < -1)) == {10, 11, 12}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_kind_of_samples_is_not_two(seed: int) -> None:
+    split = separate(label(0, 400, seed)[0], TYPICAL)
+    assert split is None or split.strength < STRONG
+
+
+def test_a_neuron_without_spread_is_no_evidence() -> None:
+    """What is constant but for one sample would be infinitely many deviations away."""
+    values = label(0, 300)[0]
+    values[:, 0] = 0.0
+    values[7, 0] = 0.1
+    split = separate(values, TYPICAL)
+    assert split is None or split.strength < STRONG
+    assert split is None or np.isfinite(split.shift).all()
+
+
+def test_too_few_samples_and_equal_samples_have_no_groups() -> None:
+    assert separate(label(0, 2 * separation.FEWEST - 1)[0], TYPICAL) is None
+    assert separate(np.ones((50, NEURONS), np.float32), TYPICAL) is None
+
+
+def test_the_order_of_samples_makes_no_difference() -> None:
+    values, _ = label(30, 300)
+    order = np.random.default_rng(1).permutation(len(values))
+    one, other = separate(values, TYPICAL), separate(values[order], TYPICAL)
+    assert one is not None
+    assert other is not None
+    assert (one.apart[order] == other.apart).all()
+    assert one.strength == pytest.approx(other.strength, rel=1e-4)
+
+
+def test_the_filter_flags_the_smaller_group_of_its_label_and_nothing_else() -> None:
+    splits: dict[int, Split] = {}
+    values, labels, put = [], [], []
+    for k, (few, many) in {3: (20, 200), 1: (60, 200)}.items():
+        mine, truth = label(few, many, seed=k)
+        found = separate(mine, TYPICAL)
+        assert found is not None
+        splits[k] = found
+        values.append(mine)
+        labels += [k] * len(mine)
+        put.append(truth)
+    everything, truth = np.concatenate(values), np.concatenate(put)
+    flagged = as_filter(splits).flagged(everything, np.array(labels))
+    assert (flagged == truth).all()
+    assert not as_filter(splits).flagged(everything, np.array(labels) + 4).any()
+    assert not as_filter({}).flagged(everything, np.array(labels)).any()
+
+
+def slow_otsu(scores: list[float]) -> float:
+    """The cut with the least sum of squares within the groups."""
+
+    def within(group: list[float]) -> float:
+        return sum((s - sum(group) / len(group)) ** 2 for s in group)
+
+    ordered = sorted(scores)
+    cuts = range(1, len(ordered))
+    best = min(cuts, key=lambda i: within(ordered[:i]) + within(ordered[i:]))
+    return (ordered[best - 1] + ordered[best]) / 2
+
+
+def slow_minimum_error(scores: list[float]) -> float:
+    """The cut under which two fitted normal distributions make the scores likeliest."""
+    ordered = np.sort(np.array(scores))
+    best, cut = -np.inf, np.nan
+    for i in range(separation.FEWEST, len(ordered) - separation.FEWEST + 1):
+        likelihood = 0.0
+        for group in (ordered[:i], ordered[i:]):
+            width = max(float(group.std()), 1e-9**0.5)
+            density = np.exp(-(((group - group.mean()) / width) ** 2) / 2) / width
+            likelihood += float(np.log(density * len(group) / len(ordered)).sum())
+        if likelihood > best:
+            best, cut = likelihood, (ordered[i - 1] + ordered[i]) / 2
+    return cut
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_thresholds_equal_slow_ones(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = np.sort(np.concatenate([rng.normal(size=40), rng.normal(6.0, 0.5, size=5 + seed)]))
+    assert separation._otsu(scores) == pytest.approx(slow_otsu(scores.tolist()))
+    assert separation._minimum_error(scores) == pytest.approx(slow_minimum_error(scores.tolist()))

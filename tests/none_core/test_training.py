@@ -1,0 +1,205 @@
+"""Training on one machine, with the defence between the epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from none_core.cleansing import Cleanser
+from none_core.training import CheckpointError, NoneTrainer, Trained
+from tests.none_core import poisoned
+
+EXAMPLE = torch.zeros(2, poisoned.FEATURES)
+RATE = 0.08
+
+
+@pytest.fixture(scope="module")
+def task() -> poisoned.Task:
+    torch.set_num_threads(1)
+    return poisoned.make(RATE)
+
+
+def optimizer(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def trainer(task: poisoned.Task, model: nn.Module, **settings: Any) -> NoneTrainer:
+    settings = {"epochs": 6, "retrain_epochs": 2, "batch_size": 32, **settings}
+    make = settings.pop("optimizer", optimizer)
+    return NoneTrainer(model, task.train, Cleanser(model, EXAMPLE), make, **settings)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_backdoor_does_not_survive_and_the_evidence_is_kept(task: poisoned.Task) -> None:
+    plain, defended = poisoned.net(), poisoned.net()
+    trainer(task, plain, rounds=0).fit()
+    trained = trainer(task, defended).fit()
+
+    assert task.scores(plain)[1] > 0.95
+    right, turned = task.scores(defended)
+    assert right > task.scores(plain)[0] - 0.02
+    assert turned < 0.05
+    assert trained.dropped.tolist() == task.poisoned.tolist()
+    assert np.intersect1d(trained.kept, trained.dropped).size == 0
+    assert len(trained.kept) + len(trained.dropped) == len(task.train)
+    assert trained.cleansings[0].neurons.size
+    assert not trained.cleansings[-1].found, "it stops when there is nothing left"
+
+
+def test_without_an_attack_it_is_ordinary_training() -> None:
+    task = poisoned.make(0.0)
+    plain, defended = poisoned.net(), poisoned.net()
+    trainer(task, plain, rounds=0).fit()
+    trained = trainer(task, defended).fit()
+    assert same(plain, defended)
+    assert len(trained.cleansings) == 1
+    assert not trained.dropped.size
+
+
+def test_with_no_look_it_is_the_loop_that_everybody_writes(task: poisoned.Task) -> None:
+    by_hand, model = poisoned.net(), poisoned.net()
+    trainer(task, model, rounds=0, epochs=2).fit()
+
+    inputs, labels = task.train.tensors
+    steps = optimizer(by_hand.parameters())
+    for epoch in range(2):
+        seed = np.random.SeedSequence([0, 0, epoch]).generate_state(1, np.uint64)[0] >> 1
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(int(seed)))
+        for chosen in order.split(32):
+            steps.zero_grad()
+            functional.cross_entropy(by_hand(inputs[chosen]), labels[chosen]).backward()
+            steps.step()
+    assert same(by_hand, model)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(steps: int) -> Any:
+    """Make optimisers of which the last is stopped in the middle of a step."""
+    left = [steps]
+
+    class Dying(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            super().step(closure)
+
+    return lambda parameters: Dying(parameters, lr=0.05, momentum=0.9)
+
+
+def with_dropout() -> nn.Module:
+    model = poisoned.net(norm=True)
+    return nn.Sequential(*model[:3], nn.Dropout(0.2), *model[3:])
+
+
+# 38 steps an epoch, six epochs before the first look and two of 35 after it.
+@pytest.mark.parametrize("steps", [0, 37, 38, 39, 200, 228, 229, 270, 297])
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(
+    task: poisoned.Task, tmp_path: Path, steps: int
+) -> None:
+    undisturbed, resumed = with_dropout(), with_dropout()
+    whole = trainer(task, undisturbed).fit()
+    file = tmp_path / "checkpoint.pt"
+    with pytest.raises(Killed):
+        trainer(task, resumed, checkpoint=file, optimizer=killed_after(steps)).fit()
+    fresh = with_dropout()  # as a new process has it
+    rest = trainer(task, fresh, checkpoint=file).fit()
+    assert same(undisturbed, fresh)
+    assert_same_story(whole, rest)
+    assert_same_story(whole, trainer(task, with_dropout(), checkpoint=file).fit())
+
+
+def assert_same_story(one: Trained, other: Trained) -> None:
+    assert one.kept.tolist() == other.kept.tolist()
+    assert len(one.cleansings) == len(other.cleansings)
+    for a, b in zip(one.cleansings, other.cleansings, strict=True):
+        assert (a.reason, a.strengths) == (b.reason, b.strengths)
+        assert a.neurons.tolist() == b.neurons.tolist()
+        assert a.dropped.tolist() == b.dropped.tolist()
+        assert (a.scores == b.scores).all()
+
+
+def test_a_run_that_is_killed_while_it_looks_is_resumed(
+    task: poisoned.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, fresh = poisoned.net(), poisoned.net()
+    trainer(task, undisturbed).fit()
+    file = tmp_path / "checkpoint.pt"
+    with monkeypatch.context() as patch:
+
+        def dies(self: Cleanser, *_: Any) -> Any:
+            raise Killed
+
+        patch.setattr(Cleanser, "cleanse", dies)
+        with pytest.raises(Killed):
+            trainer(task, poisoned.net(), checkpoint=file).fit()
+    trainer(task, fresh, checkpoint=file).fit()
+    assert same(undisturbed, fresh)
+
+
+def test_normalisation_is_frozen_after_a_reset(task: poisoned.Task) -> None:
+    seen: list[torch.Tensor] = []
+    model = poisoned.net(norm=True)
+    cleanse = Cleanser.cleanse
+
+    class Watching(Cleanser):
+        def cleanse(self, *arguments: Any) -> Any:
+            found = cleanse(self, *arguments)
+            seen.append(model[1].running_mean.clone())
+            return found
+
+    cleanser = Watching(model, EXAMPLE)
+    NoneTrainer(
+        model, task.train, cleanser, optimizer, epochs=6, retrain_epochs=2, batch_size=32, rounds=1
+    ).fit()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], model[1].running_mean)
+
+
+def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> None:
+    before = torch.get_rng_state()
+    trainer(task, with_dropout(), epochs=1, rounds=0).fit()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_retraining_may_take_another_optimiser(task: poisoned.Task) -> None:
+    still = poisoned.net()
+    trained = trainer(
+        task, still, rounds=1, retrain_optimizer=lambda p: torch.optim.SGD(p, lr=0.0)
+    ).fit()
+    once = poisoned.net()
+    trainer(task, once, rounds=0).fit()
+    Cleanser(once, EXAMPLE).cleanse(once, task.train)
+    assert same(still, once)
+    assert len(trained.cleansings) == 1
+
+
+def test_another_runs_checkpoint_and_a_damaged_one_are_refused(
+    task: poisoned.Task, tmp_path: Path
+) -> None:
+    file = tmp_path / "checkpoint.pt"
+    trainer(task, poisoned.net(), checkpoint=file, epochs=1, rounds=0).fit()
+    with pytest.raises(CheckpointError, match="of another run: it differs in epochs"):
+        trainer(task, poisoned.net(), checkpoint=file, epochs=2, rounds=0).fit()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        trainer(task, poisoned.net(), checkpoint=file, epochs=1, rounds=0).fit()
+
+
+@pytest.mark.parametrize("name", ["epochs", "retrain_epochs", "batch_size", "rounds"])
+def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be >= "):
+        trainer(task, poisoned.net(), **{name: -1})
