@@ -19,12 +19,13 @@ COSTS = ("report", "detect", "round")  # what "all" runs
 def main(argv: Sequence[str] | None = None) -> int:
     """Run benchmarks; a missed bar is shown, and is not an error."""
     arguments = _parser().parse_args(argv)
-    from benchmarks import detection, privacy, probes, reports, rounds, stealth
+    from benchmarks import central, detection, privacy, probes, reports, rounds, stealth
 
     benchmarks = {
         "report": lambda: reports.run(arguments.data_root),
         "detect": lambda: detection.run(arguments.clients),
         "round": lambda: rounds.run(arguments.data_root),
+        "central": central.run,
         "probes": lambda: probes.run(arguments.data_root),
         "stealth": lambda: stealth.run(arguments.data_root, arguments.penalties),
         "exposure": lambda: privacy.expose(arguments.run, arguments.data_root),
@@ -50,10 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "name",
-        choices=(*COSTS, "probes", "stealth", "privacy", "exposure", "all"),
+        choices=(*COSTS, "central", "probes", "stealth", "privacy", "exposure", "all"),
         help="report: building a report against a bare forward pass; detect: reading reports and "
         "detection on one core; round: a defended round against plain federated averaging; "
-        "all: these three; probes: how well trigger inversion sees for its cost; "
+        "all: these three; central: the published neuron test "
+        "against a loop over channels; probes: how well trigger inversion sees for its cost; "
         "stealth: how near to honest updates the attack `adaptive` stays; "
         "privacy: what `mixture` still finds in noisy reports; exposure: what a report can say",
     )

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch.nn import functional
 
 from benchmarks.outcome import Bar, Outcome, Row
+from benchmarks.processes import alone, memory
 from none_core.activations import ReportBuilder, ReportSpec
 from none_core.detection import DETECTORS
 from none_core.flower.messages import QUERY, REPORT, read_report
@@ -66,7 +63,7 @@ def measure(detector: str, model: str, clients: Sequence[int], samples: int) -> 
         ):
             np.savez(Path(folder) / f"report-{number}.npz", **fields)
         return [
-            _row(detector, model, n, _alone(_cell, detector, spec, layer_of, Path(folder), n))
+            _row(detector, model, n, alone(_cell, detector, spec, layer_of, Path(folder), n))
             for n in chosen
         ]
 
@@ -104,7 +101,7 @@ def _cell(
     torch.set_num_threads(1)
     detector = DETECTORS[detector_name]()
     contents = [_content(file) for file in sorted(folder.glob("*.npz"))]
-    before, begin = _memory("VmRSS"), time.process_time()
+    before, begin = memory("VmRSS"), time.process_time()
     summaries = {
         client: detector.summarise(
             read_report(
@@ -119,7 +116,7 @@ def _cell(
     }
     read = time.process_time()
     detector.detect(summaries, layer_of)
-    end, peak = time.process_time(), _memory("VmHWM")
+    end, peak = time.process_time(), memory("VmHWM")
     return {
         "read s": read - begin,
         "detect s": end - read,
@@ -135,24 +132,3 @@ def _content(file: Path) -> RecordDict:
     with np.load(file, allow_pickle=False) as fields:
         record = ArrayRecord({name: Array(array) for name, array in fields.items()})
     return RecordDict({REPORT: record, QUERY: ConfigRecord({"round": 1})})
-
-
-def _alone(work: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
-    """Call a function in a process of its own that has nothing of this one's memory."""
-    spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawned) as pool:
-        return pool.submit(work, *arguments).result()
-
-
-def _memory(field: str) -> float:
-    """Return the present (VmRSS) or peak (VmHWM) memory of this process in MB.
-
-    Linux counts the parent's memory at the time of the fork into a child's ``ru_maxrss``, so it is
-    read from /proc there; elsewhere both fields are the peak.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines[field].split()[0]) * 1024 / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

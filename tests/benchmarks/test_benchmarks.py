@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import detection, privacy, probes, reports, rounds, stealth
+from benchmarks import central, detection, privacy, probes, reports, rounds, stealth
 from benchmarks.outcome import Bar, Outcome, Row
 from none_core.accounting import epsilon
 from none_core.trigger_inversion import Finding, Triggers
@@ -92,6 +92,22 @@ def test_the_bars_of_detection_are_those_of_the_largest_case() -> None:
 
     assert [bar.holds for bar in bars] == [False, True]
     assert detection._row("mixture", "resnet18", 100, figures).bars == ()
+
+
+def test_central_ranks_as_the_published_loop_does(tmp_path: Path) -> None:
+    rows = written(central.run(2000, "cifar-cnn"), tmp_path)["rows"]
+    assert [row["case"] for row in rows] == [
+        "loop, 2,000 samples",
+        "report, 500 samples",
+        "report, 2,000 samples",
+    ]
+    assert rows[2]["figures"]["differing"] == 0
+    assert rows[2]["figures"]["of the loop"] < 1
+    assert [bar["figure"] for bar in rows[2]["bars"]] == [
+        "seconds of the loop's",
+        "MB of a quarter's",
+        "differing",
+    ]
 
 
 def test_a_typical_round_sets_evaluation_apart() -> None:
