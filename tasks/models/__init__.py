@@ -37,6 +37,10 @@ DEFAULT_MODEL = {
     "fashion-mnist": "mnist-cnn",
     "cifar10": "cifar-cnn-bn",
     "gtsrb": "cifar-cnn-bn",
+    "imagenet10": "resnet18",
+    "imagenet10-64": "cifar-cnn-bn",
+    "signs": "cifar-cnn-bn",
+    "signs224": "resnet18",
 }
 
 _BUILDERS: dict[str, Callable[[Shape, int], nn.Module]] = {
