@@ -16,7 +16,7 @@ from tasks.models import activation as functions
 from tasks.models import cnn, published
 from tasks.models.activation import ACTIVATIONS
 from tasks.models.layers import CIFAR10_MEAN, CIFAR10_STD, Normalise, Shape
-from tasks.models.nin import nin, nin_small
+from tasks.models.nin import nin
 
 __all__ = [
     "ACTIVATIONS",
@@ -50,7 +50,9 @@ _BUILDERS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "resnet18": published.resnet18,
     "resnet18-small": partial(published.sized, "resnet18", divisor=4),
     "nin": nin,
-    "nin-small": nin_small,
+    "nin-bn": partial(nin, batch_norm=True),
+    "nin-small": partial(nin, divisor=4),
+    "nin-small-bn": partial(nin, divisor=4, batch_norm=True),
     "alexnet": partial(published.sized, "alexnet"),
     "vgg11": partial(published.sized, "vgg11"),
     "vgg11-bn": partial(published.sized, "vgg11_bn"),
@@ -73,7 +75,7 @@ def build(name: str, shape: Shape, classes: int, seed: int, activation: str = "r
         normalisation behind each convolution, which learns in half the rounds); Network in Network
         ("nin"); or torchvision's "resnet18", "alexnet", "vgg11" and "vgg16", with the stem and the
         head for small images up to 64x64. "-bn" has batch normalisation, "-small" a quarter of the
-        channels in every layer, for machines of few cores.
+        channels in every layer, for machines of few cores ("nin-small-bn" both).
     shape : tuple of int
         Channels, height and width of an image.
     classes : int
