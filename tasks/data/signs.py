@@ -112,10 +112,8 @@ def generate(
         raise ValueError(f"side must be at least 16, got {side}")
     if min(train, test) < 0:
         raise ValueError(f"numbers of images must be at least 0, got {train} and {test}")
-    splits = (
-        _split(number, side, classes, [seed, split]) for split, number in enumerate((train, test))
-    )
-    return assemble(name, *splits, known)
+    parts = [_split(number, side, classes, [seed, i]) for i, number in enumerate((train, test))]
+    return assemble(name, parts[0], parts[1], known)
 
 
 def _split(number: int, side: int, classes: int, seed: list[int]) -> tuple[Images, Labels]:
