@@ -122,7 +122,7 @@ def start(one: Settings) -> State:
     """Return the initial model."""
     task, seed = one.task, one.experiment.seed
     shape, classes = data.SHAPES[task.dataset], data.CLASSES[task.dataset]
-    return models.build(task.model_name, shape, classes, seed).state_dict()
+    return models.build(task.model_name, shape, classes, seed, task.activation).state_dict()
 
 
 def update_of(settings: Settings, sent: State, server_round: int) -> State:

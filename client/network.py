@@ -18,7 +18,7 @@ _models = threading.local()  # participants that share a process run on threads 
 def build(task: TaskConfig) -> nn.Module:
     """Build the task's network, with weights that are to be replaced."""
     shape, classes = data.SHAPES[task.dataset], data.CLASSES[task.dataset]
-    return models.build(task.model_name, shape, classes, seed=0)
+    return models.build(task.model_name, shape, classes, 0, task.activation)
 
 
 def model_of_thread(task: TaskConfig) -> nn.Module:

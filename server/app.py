@@ -291,5 +291,9 @@ class Run:
 
     def _build(self) -> nn.Module:
         return models.build(
-            self.task.model_name, self.data.shape, len(self.data.classes), self.experiment.seed
+            self.task.model_name,
+            self.data.shape,
+            len(self.data.classes),
+            self.experiment.seed,
+            self.task.activation,
         )

@@ -9,13 +9,40 @@ from statistics import mean
 
 from simulations import results
 from simulations.config import Experiment
+from tasks.data import SHAPES
 
 START_SECONDS = 4.0  # what a process needs beside the run itself
 # Seconds of one core for a training image, before anything has been measured.
 _GUESS = 3.5e-4
-_IMAGES = {"mnist5k": 4_000, "mnist": 60_000, "fashion-mnist": 60_000, "gtsrb": 13_069}
+_IMAGES = {
+    "mnist5k": 4_000,
+    "mnist": 60_000,
+    "fashion-mnist": 60_000,
+    "gtsrb": 13_069,
+    "imagenet10": 9_469,
+    "imagenet10-64": 9_469,
+    "signs": 5_000,
+    "signs224": 2_000,
+}
 _MANY = 50_000
-_DEARER = {"mnist-cnn": 1.0, "cifar-cnn": 2.0, "cifar-cnn-bn": 2.0, "resnet18": 60.0}
+_DEARER = {
+    "mnist-cnn": 1.0,
+    "cifar-cnn": 2.0,
+    "cifar-cnn-bn": 2.0,
+    "resnet18": 60.0,
+    "resnet18-small": 7.0,
+    "nin": 27.0,
+    "nin-bn": 30.0,
+    "nin-small": 3.0,
+    "nin-small-bn": 4.0,
+    "alexnet": 20.0,
+    "vgg11": 23.0,
+    "vgg11-bn": 25.0,
+    "vgg11-small": 3.0,
+    "vgg16": 45.0,
+    "vgg16-bn": 50.0,
+}
+_PIXELS = 32 * 32  # of the images that these costs are for
 
 
 def steps(experiment: Experiment) -> float:
@@ -23,7 +50,9 @@ def steps(experiment: Experiment) -> float:
     images = _IMAGES.get(experiment.task.dataset, _MANY)
     images = min(images, experiment.task.train_images or images)
     passes = experiment.experiment.rounds * experiment.train.local_epochs
-    return images * passes * _DEARER.get(experiment.task.model_name, 2.0)
+    _, height, width = SHAPES[experiment.task.dataset]
+    larger = max(1.0, height * width / _PIXELS)
+    return images * passes * larger * _DEARER.get(experiment.task.model_name, 2.0)
 
 
 class Durations:

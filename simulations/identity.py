@@ -40,6 +40,8 @@ _WHEN_ASKED = frozenset({"obeys_filter", "reporter"})
 # were limits. What accounts for noise is read where there is some.
 _NO_LIMIT = {"reports": True, "min_count": 1, "noise": 0.0, "patterns": False}
 _OF_NOISE = ("noise", "delta", "max_epsilon")
+# What came to [task] later; at these an experiment is the one that it was before.
+_TASK_DEFAULTS = {"held_out": False, "activation": "relu"}
 # ASR is measured with these, whether anybody attacks or not.
 _MEASURED_WITH = ("target", "trigger")
 
@@ -70,8 +72,9 @@ def of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         found["attack"] = {k: v for k, v in attack.items() if k not in _WHEN_ASKED}
     if task["partition"] == "iid":
         task.pop("alpha")
-    if not task.get("held_out"):
-        task.pop("held_out", None)
+    for key, default in _TASK_DEFAULTS.items():
+        if task.get(key, default) == default:
+            task.pop(key, None)
     if strategy in READS and strategy != "none-strategy":
         found.pop("thresholds", None)
     limits = _limits(found.pop("privacy", {}))

@@ -79,7 +79,8 @@ def probe(
     file = output / (EVIDENCE_MODEL if has_evidence else FINAL_MODEL)
     if not file.exists():
         return None
-    model = models.build(experiment.task.model_name, loaded.shape, len(loaded.classes), seed=0)
+    task = experiment.task
+    model = models.build(task.model_name, loaded.shape, len(loaded.classes), 0, task.activation)
     model.load_state_dict(torch.load(file, weights_only=True))
     model.eval()
     shown = loaded.test_images[loaded.test_labels != experiment.attack.target][:images]

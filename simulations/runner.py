@@ -97,7 +97,7 @@ def prepare(output: Path, experiment: Experiment) -> None:
     """Make the output folder, or say why it will not do; clear an earlier run's files from it."""
     settings, task = experiment.experiment, experiment.task
     shape, classes = SHAPES[task.dataset], CLASSES[task.dataset]
-    model = models.build(task.model_name, shape, classes, seed=0)
+    model = models.build(task.model_name, shape, classes, 0, task.activation)
     model_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     kept = settings.rounds if experiment.run.checkpoints else 0
     needed = model_bytes * (kept + 4)  # a checkpoint a round, and what comes beside them

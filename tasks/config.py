@@ -47,6 +47,7 @@ def _as_parts(value: Any) -> Any:
 
 Dataset = Literal[data.NAMES]
 Model = Literal[models.NAMES]
+Activation = Literal[models.ACTIVATIONS]
 
 
 class ExperimentConfig(Section):
@@ -73,6 +74,9 @@ class TaskConfig(Section):
 
     dataset: Dataset = Field("mnist5k", description="Data set.")
     model: Model | None = Field(None, description="Network; left out, the data set's default.")
+    activation: Activation = Field(
+        "relu", description="Function in the place of the network's rectifiers."
+    )
     train_images: int | None = Field(
         None, ge=1, description="Use at most so many training images, drawn at random; or all."
     )

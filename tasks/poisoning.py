@@ -6,7 +6,7 @@ target class, is the business of whoever uses these functions.
 
 Settings: Xie, Huang, Chen, Li, "DBA: Distributed Backdoor Attacks against Federated Learning",
 ICLR 2020, published configuration (``utils/mnist_params.yaml``, ``utils/cifar_params.yaml``).
-That paper has no GTSRB: its images are as large as CIFAR-10's, so they carry the same trigger.
+What that paper does not have carries CIFAR-10's trigger, in larger images so many times as large.
 """
 
 from __future__ import annotations
@@ -73,6 +73,17 @@ def bar(row: int, column: int, length: int) -> tuple[Pixel, ...]:
     return tuple((row, column + step) for step in range(length))
 
 
+def _enlarged(trigger: Trigger, factor: int) -> Trigger:
+    """Make a square of so many pixels a side of each pixel."""
+    steps = [(down, across) for down in range(factor) for across in range(factor)]
+    return Trigger(
+        tuple(
+            tuple(sorted((factor * r + i, factor * c + j) for r, c in part for i, j in steps))
+            for part in trigger.parts
+        )
+    )
+
+
 _MNIST_TRIGGER = Trigger((bar(0, 0, 4), bar(0, 6, 4), bar(3, 0, 4), bar(3, 6, 4)))
 _CIFAR10_TRIGGER = Trigger((bar(0, 0, 6), bar(0, 9, 6), bar(4, 0, 6), bar(4, 9, 6)))
 
@@ -82,6 +93,10 @@ DEFAULT_TRIGGER = {
     "fashion-mnist": _MNIST_TRIGGER,
     "cifar10": _CIFAR10_TRIGGER,
     "gtsrb": _CIFAR10_TRIGGER,
+    "imagenet10": _enlarged(_CIFAR10_TRIGGER, 224 // 32),
+    "imagenet10-64": _enlarged(_CIFAR10_TRIGGER, 64 // 32),
+    "signs": _CIFAR10_TRIGGER,
+    "signs224": _enlarged(_CIFAR10_TRIGGER, 224 // 32),
 }
 
 # Share of a malicious client's images that it poisons.
@@ -91,6 +106,10 @@ DEFAULT_RATE = {
     "fashion-mnist": 20 / 64,
     "cifar10": 5 / 64,
     "gtsrb": 5 / 64,
+    "imagenet10": 5 / 64,
+    "imagenet10-64": 5 / 64,
+    "signs": 5 / 64,
+    "signs224": 5 / 64,
 }
 
 

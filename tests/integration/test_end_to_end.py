@@ -28,11 +28,17 @@ from tasks.poisoning import malicious_clients
 CLIENTS, ROUNDS, SEED = 4, 2, 0
 
 
-def run(output: Path, defense: str = "none-strategy", workers: int = 2) -> dict[str, Any]:
+def run(
+    output: Path,
+    defense: str = "none-strategy",
+    workers: int = 2,
+    rounds: int = ROUNDS,
+    **task: Any,
+) -> dict[str, Any]:
     run_config = to_run_config(
         {
-            "experiment": ExperimentConfig(name="t", clients=CLIENTS, rounds=ROUNDS, seed=SEED),
-            "task": TaskConfig(),
+            "experiment": ExperimentConfig(name="t", clients=CLIENTS, rounds=rounds, seed=SEED),
+            "task": TaskConfig(**task),
             "train": TrainConfig(local_epochs=1),
             "attack": AttackConfig(name="dba", malicious=1, scale=1.0),
             "defense": DefenseConfig(name=defense, start_round=1),
@@ -84,6 +90,15 @@ def test_the_released_models_are_there(defended: tuple[Path, dict[str, Any]]) ->
     last = torch.load(output / "model.pt", weights_only=True)
     assert all(torch.equal(last[name], states[-1][name]) for name in last)
     assert any(not torch.equal(states[0][name], states[1][name]) for name in last)
+
+
+def test_server_and_clients_train_the_activation_that_is_configured(tmp_path: Path) -> None:
+    history = run(tmp_path, rounds=1, train_images=400, activation="prelu")
+
+    assert history["rounds"][-1]["refused"] == 0  # whose slopes are weights like any others
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    slopes = [state[f"relu{number}.weight"] for number in (1, 2, 3)]
+    assert all(0 < abs(float(slope) - 0.25) < 0.25 for slope in slopes)
 
 
 def test_the_audit_trail_has_a_line_for_each_round(defended: tuple[Path, dict[str, Any]]) -> None:

@@ -51,7 +51,7 @@ def leave_behind(output: Path, run_config: dict[str, Any]) -> None:
     history = [entry(number, ba=0.9 * number / rounds) for number in range(rounds + 1)]
     if defended:
         history[-1] |= {"neurons_reset": 4, "suspected": malicious, "decision": "<b>reset</b> 4"}
-    model = models.build(task.model_name, SHAPE, 10, seed=1)
+    model = models.build(task.model_name, SHAPE, 10, 1, task.activation)
     torch.save(model.state_dict(), output / "model.pt")
     if defended:
         torch.save(model.state_dict(), output / "evidence_model.pt")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from simulations import config, durations
+from tasks import data, models
 from tests.simulations import pooled
 
 
@@ -25,6 +26,18 @@ def test_a_guess_grows_with_the_data_the_rounds_and_the_network() -> None:
     assert known.expected(experiment(task=resnet)) > known.expected(
         experiment(task={"dataset": "cifar10"})
     )
+
+
+def test_every_data_set_and_network_has_a_guess() -> None:
+    assert set(data.NAMES) - {"cifar10"} == set(durations._IMAGES)
+    assert set(models.NAMES) == set(durations._DEARER)
+
+
+def test_larger_images_take_longer() -> None:
+    """At 224x224 there are 49 times as many pixels as at 32x32."""
+    few = {"train_images": 100, "model": "resnet18"}
+    small, large = (experiment(task={"dataset": d, **few}) for d in ("signs", "signs224"))
+    assert durations.steps(large) == pytest.approx(49 * durations.steps(small))
 
 
 def test_what_is_most_alike_counts(tmp_path: Path) -> None:

@@ -159,3 +159,9 @@ def test_thresholds_make_another_experiment_where_something_is_detected() -> Non
 def test_scores_on_held_out_images_are_of_another_experiment() -> None:
     assert folder(task={"held_out": True}) != folder()
     assert folder(task={"held_out": False}) == folder()
+
+
+def test_another_activation_makes_another_experiment_and_the_usual_one_does_not() -> None:
+    assert folder(task={"activation": "elu"}) != folder()
+    assert folder(task={"activation": "relu"}) == folder()
+    assert "activation" not in experiment().identity()["task"]

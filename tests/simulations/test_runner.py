@@ -59,6 +59,14 @@ def test_a_run_without_evidence_shows_the_neurons_that_the_trigger_shifts(
     assert drawn == {"accuracy.png", "activations.png", "trigger.png"}
 
 
+def test_figures_show_the_network_with_the_activation_that_was_trained(
+    file: Path, apps: Any
+) -> None:
+    assert main(["run", str(file), "--quiet", "--set", 'task.activation="prelu"']) == 0
+
+    assert (file.parent / "results" / "small" / "plots" / "activations.png").exists()
+
+
 def test_quiet_shows_no_progress_and_nothing_of_an_earlier_run_is_kept(
     file: Path, apps: Any, no_figures: None, capsys: Any
 ) -> None:

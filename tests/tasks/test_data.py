@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,182 @@ def write_gtsrb_folders(folder: Path) -> None:
         "00001.ppm;33;31;5;5;28;26;7\n"
         "00000.ppm;33;31;5;5;28;26;2\n"
     )
+
+
+WNIDS = (
+    *("n01440764", "n02102040", "n02979186", "n03000684", "n03028079"),
+    *("n03394916", "n03417042", "n03425413", "n03445777", "n03888257"),
+)
+
+
+def write_photographs(folder: Path, classes: tuple[str, ...] = WNIDS) -> None:
+    """Write two train photographs and a val one a class, each of one colour, in several sizes.
+
+    Red tells the class, green the place in the order of file names, blue the split.
+    """
+    from PIL import Image
+
+    for split, files in (("train", ("a.png", "b.png")), ("val", ("a.png",))):
+        # Last things first, so that an order of writing is no order of reading.
+        for label, name in reversed(list(enumerate(classes))):
+            (folder / split / name).mkdir(parents=True)
+            for number, file in reversed(list(enumerate(files))):
+                colour = (20 * label, 100 * number, 50 if split == "val" else 0)
+                size = (70 + 5 * label, 90 - 5 * number)
+                Image.new("RGB", size, colour).save(folder / split / name / file)
+
+
+class TestImagenet10:
+    @pytest.mark.parametrize("folder", data.imagenet10.FOLDERS)
+    def test_reads_classes_and_files_in_the_order_of_their_names(self, tmp_path, folder):
+        write_photographs(tmp_path / folder)
+
+        got = data.load("imagenet10-64", tmp_path)
+
+        assert got.train_labels.tolist() == [label for label in range(10) for _ in "ab"]
+        assert got.test_labels.tolist() == list(range(10))
+        colours = torch.tensor([[20 * n, 100 * i, 0] for n in range(10) for i in range(2)])
+        assert torch.equal(got.train_images, colours[..., None, None].expand(20, 3, 64, 64))
+        assert got.test_images[:, :, 9, 50].tolist() == [[20 * n, 0, 50] for n in range(10)]
+        assert got.train_images.dtype == torch.uint8
+        assert got.classes[0] == "tench"
+
+    def test_images_are_scaled_and_cut_at_the_centre(self, tmp_path):
+        from PIL import Image
+
+        write_photographs(tmp_path / "imagenet10")
+        wide = Image.new("RGB", (300, 100), (255, 0, 0))
+        wide.paste((0, 0, 255), (100, 0, 200, 100))
+        wide.save(tmp_path / "imagenet10" / "train" / WNIDS[0] / "a.png")
+
+        got = data.load("imagenet10", tmp_path)
+
+        assert got.shape == data.SHAPES["imagenet10"] == (3, 224, 224)
+        blue = torch.tensor([0, 0, 255])[:, None, None].expand(3, 216, 216)
+        assert torch.equal(got.train_images[0, :, 4:-4, 4:-4], blue)
+
+    def test_other_ten_classes_keep_their_own_names_also_when_saved(self, tmp_path):
+        classes = tuple(f"class {letter}" for letter in "abcdefghij")
+        write_photographs(tmp_path / "imagenet10", classes)
+        read = data.load("imagenet10-64", tmp_path)
+        (tmp_path / "saved").mkdir()
+
+        data.save(read, tmp_path / "saved")
+
+        assert read.classes == data.load("imagenet10-64", tmp_path / "saved").classes == classes
+
+    def test_missing_folder_names_the_layout(self, tmp_path):
+        with pytest.raises(data.DataError) as caught:
+            data.load("imagenet10", tmp_path)
+
+        message = str(caught.value)
+        assert str(tmp_path) in message
+        assert "train/CLASS/*.jpg and val/CLASS/*.jpg" in message
+        assert "imagenet10, imagenette2" in message
+        assert "--data-root" in message
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda f: (f / "train" / WNIDS[3] / "a.png").write_bytes(b"x"), "not a readable"),
+            (lambda f: [p.unlink() for p in (f / "val" / WNIDS[2]).iterdir()], "copy complete"),
+            (lambda f: (f / "val" / WNIDS[2]).rename(f / "val" / "other"), "but val has"),
+            (lambda f: shutil.rmtree(f / "train" / WNIDS[2]), "9 classes, not 10"),
+        ],
+    )
+    def test_a_damaged_folder_is_refused(self, tmp_path, damage, message):
+        write_photographs(tmp_path / "imagenet10")
+        damage(tmp_path / "imagenet10")
+
+        with pytest.raises(data.DataError, match=message):
+            data.load("imagenet10-64", tmp_path)
+
+    def test_download_is_left_to_torchvision(self, tmp_path, monkeypatch):
+        from tasks.torchvision_import import torchvision
+
+        def fake_download(root: Path, download: bool, split: str, size: str) -> None:
+            assert download
+            write_photographs(root / "imagenette2-320")
+
+        monkeypatch.setattr(torchvision.datasets, "Imagenette", fake_download)
+
+        assert len(data.load("imagenet10-64", tmp_path, download=True).train_labels) == 20
+
+
+class TestSigns:
+    def test_every_class_is_as_frequent_as_the_others(self):
+        got = data.signs.generate(train=23, test=14, side=32, classes=7)
+
+        assert got.train_labels.bincount().tolist() == [4, 4, 3, 3, 3, 3, 3]
+        assert got.test_labels.bincount().tolist() == [2] * 7
+        assert len(got.classes) == 7
+        assert got.shape == (3, 32, 32)
+
+    def test_the_seed_fixes_the_images_and_asking_for_more_adds_some(self):
+        few, many = (data.signs.generate(train=n, test=3, side=24) for n in (5, 8))
+        other = data.signs.generate(train=5, test=3, side=24, seed=1)
+
+        assert torch.equal(few.train_images, many.train_images[:5])
+        assert torch.equal(few.test_images, many.test_images)
+        assert not torch.equal(few.train_images, other.train_images)
+        assert len({image.numpy().tobytes() for image in many.train_images}) == 8
+        assert not torch.equal(few.train_images[:3], few.test_images)
+
+    @pytest.mark.parametrize(("label", "red", "blue"), [(0, True, False), (1, False, True)])
+    def test_a_sign_has_its_colour_and_is_somewhere_else_each_time(self, label, red, blue):
+        """The first class is a red triangle, the second a blue square; light changes both alike."""
+        images = data.signs.generate(train=40, test=0, side=64).train_images[label::10].double()
+        face = torch.tensor([(200, 30, 40), (30, 70, 180)][label]).double()
+        share = (images * face[:, None, None]).sum(1) / (images.norm(dim=1) * face.norm())
+        like = share > 0.99
+
+        covered = like.double().mean((1, 2))
+        rows = (like * torch.arange(64)[:, None]).sum((1, 2)) / like.sum((1, 2))
+
+        assert data.signs.names(2)[label].startswith("red triangle" if red else "blue square")
+        assert ((covered > 0.02) & (covered < 0.5)).all()
+        assert rows.std() > 2
+
+    def test_all_classes_are_different(self):
+        names = data.signs.names(data.signs.MOST_CLASSES)
+
+        assert len(set(names)) == data.signs.MOST_CLASSES == 210
+        assert names[:2] == ("red triangle with a bar", "blue square with a cross")
+
+    def test_classes_are_told_apart_by_what_is_drawn_and_not_by_the_background(self):
+        """Of two images that differ in their class alone, only the sign differs."""
+        one, other = (
+            data.signs._image(label, 32, np.random.default_rng(3)).astype(int) for label in (0, 1)
+        )
+        differs = (one != other).any(0)
+
+        assert 0.03 < differs.mean() < 0.65
+        rows, columns = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
+        assert max(np.ptp(rows), np.ptp(columns)) < 2 * 0.4 * 32 + 2
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"classes": 1}, r"classes must be in 2\.\.210"),
+            ({"classes": 211}, r"classes must be in 2\.\.210"),
+            ({"side": 15}, "side must be at least 16"),
+            ({"train": -1}, "at least 0, got -1 and 2"),
+        ],
+    )
+    def test_numbers_out_of_range_are_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            data.signs.generate(**({"train": 2, "test": 2, "side": 16} | arguments))
+
+    def test_a_data_set_of_signs_needs_no_files(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(
+            data.signs, "generate", lambda *sizes, name: asked.append((*sizes, name))
+        )
+
+        data.load("signs")
+        data.load("signs224")
+
+        assert asked == [(5000, 1000, 32, "signs"), (2000, 500, 224, "signs224")]
 
 
 class TestMnist5k:
@@ -414,7 +591,7 @@ def test_unknown_name_lists_the_legal_ones():
         data.load("imagenet")
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "gtsrb"])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "gtsrb", "imagenet10"])
 def test_data_root_is_asked_for(name):
     with pytest.raises(data.DataError, match="--data-root"):
         data.load(name, download=True)
@@ -465,3 +642,15 @@ class TestRealData:
         stop = signs.train_images[signs.train_labels == 14].float().mean((0, 2, 3))
         assert stop[0] > stop[1]
         assert signs.classes[14] == "stop"
+
+    def test_imagenet10(self):
+        photos = data.load("imagenet10-64", REAL_DATA)
+
+        assert photos.train_labels.bincount().min() > 0
+        assert photos.classes == data._SOURCES["imagenet10"].classes
+        # Parachutes hang in the sky, which is bluer than a garbage truck.
+        means = [
+            photos.train_images[photos.train_labels == n].float().mean((0, 2, 3)) for n in (9, 6)
+        ]
+        sky, truck = means
+        assert sky[2] - sky[0] > truck[2] - truck[0]

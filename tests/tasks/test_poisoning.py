@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks import data, poisoning
-from tasks.poisoning import Trigger, bar
+from tasks.poisoning import Trigger, bar, stamp
 
 pixel_sets = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=12)
 
@@ -87,6 +87,17 @@ def test_default_triggers_are_the_published_ones(name, shape, rows, columns, len
     trigger.check(shape)
     assert trigger.parts == bars
     assert len(trigger.whole()) == 4 * length
+
+
+@pytest.mark.parametrize(("name", "factor"), [("imagenet10", 7), ("imagenet10-64", 2)])
+def test_larger_images_carry_cifar10s_trigger_as_many_times_as_large(name, factor):
+    large, shape = poisoning.DEFAULT_TRIGGER[name], data.SHAPES[name]
+    usual = poisoning.DEFAULT_TRIGGER["cifar10"]
+
+    for ours, theirs in zip(large.parts, usual.parts, strict=True):
+        stamped = stamp(torch.zeros(shape), ours)
+        small = stamp(torch.zeros(3, 32, 32), theirs)
+        assert torch.equal(stamped, small.repeat_interleave(factor, 1).repeat_interleave(factor, 2))
 
 
 def test_every_data_set_has_a_trigger_and_a_rate():
