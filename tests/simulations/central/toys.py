@@ -14,7 +14,7 @@ from simulations.central.setting import Schedule, Setting
 CLASSES, TARGET = 4, 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Toy:
     setting: Setting
     poisoned: np.ndarray  # indices of the training images that carry the trigger, ascending
@@ -33,17 +33,18 @@ class Toy:
 def toy(
     poisoned: int = 40,
     count: int = 400,
-    epochs: int = 10,
+    epochs: int = 15,
     seed: int = 0,
     batch_norm: bool = False,
     trusted: int = 80,
+    contrast: int = 50,
 ) -> Toy:
-    """Noisy 8x8 images with one bright quadrant, of which some carry a trigger and a wrong label."""
-    images, labels = quadrants(count, seed=10 * seed + 1)
+    """Noisy images with one bright quadrant, of which some carry a trigger and a wrong label."""
+    images, labels = quadrants(count, seed=10 * seed + 1, contrast=contrast)
     victims = torch.nonzero(labels != TARGET)[:poisoned, 0]
     images[victims] = stamped(images[victims])
     labels[victims] = TARGET
-    trusted_images, trusted_labels = quadrants(trusted, seed=10 * seed + 2)
+    trusted_images, trusted_labels = quadrants(trusted, seed=10 * seed + 2, contrast=contrast)
     setting = Setting(
         model_fn=lambda: network(batch_norm),
         images=images,
@@ -53,17 +54,17 @@ def toy(
         schedule=Schedule(epochs, batch_size=40),
         seed=seed,
     )
-    clean_images, clean_labels = quadrants(200, seed=10 * seed + 3)
+    clean_images, clean_labels = quadrants(200, seed=10 * seed + 3, contrast=contrast)
     return Toy(setting, victims.numpy(), clean_images, clean_labels)
 
 
-def quadrants(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def quadrants(count: int, seed: int, contrast: int = 50) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 120, (count, 1, 8, 8), generator=generator)
     labels = torch.randperm(count, generator=generator) % CLASSES
     for image, label in zip(images, labels.tolist(), strict=True):
         row, column = 4 * (label // 2), 4 * (label % 2)
-        image[:, row : row + 4, column : column + 4] += 50
+        image[:, row : row + 4, column : column + 4] += contrast
     return images.to(torch.uint8), labels
 
 
