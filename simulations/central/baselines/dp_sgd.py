@@ -15,10 +15,11 @@ smaller last batch counts by its size.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from simulations.central.baselines.base import NOISE, TRAINING, Baseline, require, sgd
 from simulations.central.setting import Outcome, Setting
@@ -28,7 +29,7 @@ from tasks.training import batches
 
 @dataclass(frozen=True)
 class DpSgd(Baseline):
-    """SGD on clipped, noisy gradients. Needs Opacus, the extra ``privacy``.
+    """SGD on clipped, noisy gradients, for networks that torch.fx can trace. Needs Opacus.
 
     Attributes
     ----------
@@ -63,7 +64,7 @@ class DpSgd(Baseline):
             raise ImportError("DP-SGD needs Opacus: pip install none-defense[privacy]") from error
         schedule = setting.schedule
         model = ModuleValidator.fix(setting.model_fn()).train()
-        watched = GradSampleModule(model)
+        watched = GradSampleModule(out_of_place(model))
         optimizer = DPOptimizer(
             sgd(model, schedule),
             noise_multiplier=self.noise,
@@ -79,12 +80,35 @@ class DpSgd(Baseline):
                 labels = setting.labels[chosen].to(logits.device)
                 nn.functional.cross_entropy(logits, labels).backward()
                 optimizer.step()
-        return Outcome(watched.to_standard_module())
+        watched.to_standard_module()
+        return Outcome(model)
 
 
 # The two settings of NONE's paper.
 WIDE = DpSgd(clip=4.0, noise=0.1)
 NARROW = DpSgd(clip=1.0, noise=0.5)
+
+
+def out_of_place(model: nn.Module) -> nn.Module:
+    """Give a model's graph without activations and additions in place, such as a ResNet's.
+
+    Opacus watches modules by backward hooks, which do not allow what they return to be changed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        In the mode that the graph is to be of. The graph shares its modules; their activation
+        functions are no longer in place afterwards.
+    """
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    graph = fx.symbolic_trace(model)
+    for node in graph.graph.nodes:
+        if node.target is operator.iadd:
+            node.target = operator.add
+    graph.recompile()
+    return graph
 
 
 def _on_device(generator: torch.Generator, model: nn.Module) -> torch.Generator:

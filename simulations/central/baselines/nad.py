@@ -68,6 +68,7 @@ def attended_layers(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     Parameters
     ----------
     model : torch.nn.Module
+        In evaluation mode.
     example : Tensor
         A batch as the model takes it, (n, C, H, W).
 
