@@ -147,7 +147,7 @@ class Pruning(Validated, FedAvg):
         self.last_round: int | None = None
         self._model = model_fn().eval()
         self.neurons = NeuronMap.trace(self._model, example_input)
-        self.layer = _last_convolution(self._model, self.neurons)
+        self.layer = last_convolution(self._model, self.neurons)
         with torch.inference_mode():
             self.labels = int(self._model(example_input).shape[1])
 
@@ -274,7 +274,7 @@ class Pruning(Validated, FedAvg):
         return reports
 
 
-def _last_convolution(model: nn.Module, neurons: NeuronMap) -> Layer:
+def last_convolution(model: nn.Module, neurons: NeuronMap) -> Layer:
     """Find the last convolution that feeds an activation; without any, the last layer that does."""
 
     def convolves(layer: Layer) -> bool:
