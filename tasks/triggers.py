@@ -227,6 +227,38 @@ class DynamicPatch:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Several triggers on the same image, one after the other.
+
+    Source: the trigger in all four corners of Turner, Tsipras, Madry, "Label-Consistent Backdoor
+    Attacks", 2019 (``all-corners`` in ``poison_attack.py``), is four `StaticPatch`.
+
+    Parameters
+    ----------
+    parts : tuple of Stamp
+        At least one.
+    """
+
+    parts: tuple[Stamp, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a trigger that would leave no mark."""
+        if not self.parts:
+            raise ValueError("a trigger needs at least one part")
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Stamp; see `Stamp`."""
+        for part in self.parts:
+            images = part(images, generator)
+        return images
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Check; see `Stamp`."""
+        for part in self.parts:
+            part.check(shape)
+
+
+@dataclass(frozen=True)
 class Pixels:
     """The whole trigger of the distributed attack: pixels at the maximum value in all channels.
 

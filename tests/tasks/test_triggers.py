@@ -23,6 +23,7 @@ from tasks.triggers import (
     Solid,
     Stamp,
     StaticPatch,
+    Together,
     Warp,
     Watermark,
     single_pixel,
@@ -35,6 +36,7 @@ ALL = [
     StaticPatch(3, 1, -2, Noise(5)),
     DynamicPatch(3),
     DynamicPatch(3, ((0, 0), (-1, -1)), Checkerboard()),
+    Together((StaticPatch(3, 0, 0), StaticPatch(2))),
     Watermark(),
     Blended(),
     Warp(strength=2.0),
@@ -130,6 +132,7 @@ def test_only_batches_of_uint8_are_stamped(trigger: Stamp):
         (lambda: Warp(strength=-1), "strength must be at least 0, got -1"),
         (lambda: Solid((256,)), r"levels in 0..255, got \(256,\)"),
         (lambda: Solid(()), "levels in 0..255"),
+        (lambda: Together(()), "at least one part"),
     ],
 )
 def test_impossible_trigger_is_an_error(make, message):
@@ -147,6 +150,7 @@ def test_impossible_trigger_is_an_error(make, message):
         DynamicPatch(10),
         DynamicPatch(3, ((0, 0), (7, 0))),
         Pixels(Trigger((((9, 0),),))),
+        Together((StaticPatch(3), StaticPatch(10))),
         StaticPatch(3, pattern=Solid((1, 2))),
         DynamicPatch(3, pattern=Solid((1, 2))),
     ],
@@ -240,6 +244,21 @@ def test_dynamic_patch_keeps_to_its_places_and_draws_its_patterns():
     assert len(first[in_first].unique(dim=0)) == in_first.sum()
     levels = torch.cat([first[in_first], last[~in_first]]).float()
     assert levels.mean() == pytest.approx(127.5, abs=10)
+
+
+def test_triggers_together_are_in_every_corner():
+    corners = [(0, 0), (0, -1), (-1, 0), (-1, -1)]
+    images = random_images()
+
+    stamped = Together(tuple(StaticPatch(3, *place, Solid()) for place in corners))(
+        images, generator()
+    )
+
+    expected = images.clone()
+    for rows in (slice(0, 3), slice(-3, None)):
+        for columns in (slice(0, 3), slice(-3, None)):
+            expected[:, :, rows, columns] = 255
+    assert torch.equal(stamped, expected)
 
 
 def test_adapter_stamps_the_whole_trigger():
