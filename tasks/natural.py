@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +137,9 @@ def reasr(
 
     ABS looks only for triggers that excite single suspicious neurons, and NONE's published copy of
     it (``abs_test.py``) counts the images that its optimisation has just seen, with a translucent
-    mask, whose size is bounded by a price alone, and towards whatever class most of them go to;
-    its price is fixed and a mask is dear once it has more than the size. Here every class is
-    searched for by itself through the whole network, and success is measured on images that no
-    search has seen.
+    mask whose size is bounded by a price alone, and towards whatever class most of them go to.
+    Here every class is searched for by itself through the whole network, the size is a bound, and
+    success is measured on images that no search has seen.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ def reasr(
     success, triggers = [], []
     kept: list[FoundTrigger] = []
     for size in ordered:
-        number = max(1, int(size * pixels))
+        number = max(1, int(size * pixels + 1e-9))  # 0.29 of 100 is 29
         found = _find(model, images, labels, targets, number, generator, search)
         kept = _better(model, images, labels, targets, kept or found, found)
         triggers.append(tuple(kept))
@@ -261,10 +261,10 @@ def _better(
     new: list[FoundTrigger],
 ) -> list[FoundTrigger]:
     """Return for each class the trigger that turns more images; of equals, the old one."""
-    rates = zip(*(_rates(model, images, labels, classes, group) for group in (old, new)))
+    before, after = (_rates(model, images, labels, classes, group) for group in (old, new))
     return [
         second if better > good else first
-        for first, second, (good, better) in zip(old, new, rates, strict=True)
+        for first, second, good, better in zip(old, new, before, after, strict=True)
     ]
 
 
@@ -276,10 +276,9 @@ def _rates(
     triggers: Sequence[FoundTrigger],
 ) -> list[float]:
     """Return the attack success rate of each class's trigger."""
-    unused = torch.Generator()
-    return [
-        attack_success(
-            model, images, labels, trigger, lambda true, k=target: torch.full_like(true, k), unused
-        ).asr
-        for target, trigger in zip(classes, triggers, strict=True)
-    ]
+    rates = []
+    for target, trigger in zip(classes, triggers, strict=True):
+        wanted = partial(torch.full_like, fill_value=target)
+        success = attack_success(model, images, labels, trigger, wanted, torch.Generator())
+        rates.append(success.asr)
+    return rates

@@ -24,7 +24,7 @@ from torch.nn import functional
 from tasks.poisoning import Pixel, Trigger, stamp
 
 _BRIGHTEST = 255
-# Images that are warped at a time, as floating-point numbers.
+# Images that are floating-point numbers at a time.
 _CHUNK = 256
 
 
@@ -494,7 +494,10 @@ def _levels(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 def _blend(images: Tensor, other: Tensor, weight: Tensor) -> Tensor:
     """Return ``(1 - weight) images + weight other``, in levels, rounded to uint8."""
-    return ((1 - weight) * images + weight * other).round().to(torch.uint8)
+    blended = [
+        ((1 - weight) * chunk + weight * other).round().to(torch.uint8) for chunk in _split(images)
+    ]
+    return torch.cat([images[:0], *blended])
 
 
 def _split(images: Tensor) -> tuple[Tensor, ...]:
