@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tasks import natural
 from tasks.metrics import attack_success
 from tasks.natural import SIZES, FoundTrigger, Search, reasr
 from tests.tasks.backdoors.toy import bars, generator, network
@@ -90,6 +91,22 @@ def test_larger_size_is_never_worse_on_the_images_that_were_searched_with():
     )
 
     assert (found.success.diff(dim=0) >= 0).all()
+
+
+def test_larger_size_that_finds_less_leaves_the_smaller_trigger(monkeypatch):
+    pattern, nowhere = torch.full((1, 8, 8), 255, dtype=torch.uint8), torch.zeros(8, 8).bool()
+    secret = nowhere.clone()
+    secret[SECRET] = True
+    good, useless = FoundTrigger(secret, pattern), FoundTrigger(nowhere, pattern)
+    found_at = {1: useless, 2: good, 5: useless}
+    monkeypatch.setattr(natural, "_find", lambda *arguments: [found_at[arguments[4]]])
+
+    found = reasr(
+        Template(planted=True), *bars(60), *bars(60, seed=2), [2], generator(), (0.02, 0.04, 0.08)
+    )
+
+    assert [triggers[0] for triggers in found.triggers] == [useless, good, good]
+    assert found.success[:, 0].tolist() == [0.0, 1.0, 1.0]
 
 
 def test_same_generator_gives_the_same_and_the_network_stays_as_it_is():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tasks.backdoors.hidden_trigger import features, match
 from tasks.backdoors.perturbation import Bound, maximise_loss
 from tasks.metrics import attack_success, benign_accuracy
 from tasks.models import as_input
-from tasks.triggers import Blended, DynamicPatch, NoisyWarp, Solid, StaticPatch, Warp
+from tasks.triggers import Blended, DynamicPatch, NoisyWarp, Solid, StaticPatch, Warp, Watermark
 from tests.tasks.backdoors.toy import bars, fit, generator, network
 
 PATCH = StaticPatch(2)
@@ -244,23 +246,27 @@ def test_matching_takes_the_nearest_pair_first():
 
 def test_collision_looks_like_the_target_and_feels_like_the_stamped_source():
     images, labels = bars(300)
-    model = fit(images, labels)
-    attack = HiddenTrigger(PATCH, 0, 1, 0.1, model, "relu", Bound(32, 40), batch_size=15)
+    model, stamp = fit(images, labels), StaticPatch(4, pattern=Solid())
+    attack = HiddenTrigger(stamp, 0, 1, 0.1, model, "relu", Bound(60, 40), batch_size=15)
 
     poisoned = attack.poison(images, labels, generator())
 
-    chosen = torch.from_numpy(poisoned.indices)
+    chosen, sources = torch.from_numpy(poisoned.indices), images[labels == 0]
     after, before = poisoned.images[chosen], images[chosen]
-    assert (after.int() - before.int()).abs().max() <= 32
+    assert (after.int() - before.int()).abs().max() <= 60
     model.eval()
-    with torch.no_grad():
-        own, old, goal = (
-            features(model, "relu", as_input(model, group))
-            for group in (after, before, PATCH(images[labels == 0], generator()))
-        )
-    assert torch.cdist(own, goal).min(1).values.mean() < 0.6 * (
-        torch.cdist(old, goal).min(1).values.mean()
-    )
+
+    def distance(group: Tensor, goals: Tensor) -> float:
+        """From each image to the nearest goal, in features, on average."""
+        with torch.no_grad():
+            own, goal = (features(model, "relu", as_input(model, g)) for g in (group, goals))
+        return float(torch.cdist(own, goal).min(1).values.mean())
+
+    stamped = stamp(sources, generator())
+    assert distance(after, stamped) < 0.6 * distance(before, stamped)
+    # Without the stamp it would be the clean source that they feel like.
+    without = replace(attack, stamp=Watermark(0.0)).poison(images, labels, generator())
+    assert distance(after, stamped) < 0.9 * distance(without.images[chosen], stamped)
 
 
 def test_features_are_the_named_module_s_output():
