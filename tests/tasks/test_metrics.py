@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.metrics import Scores, evaluate
+from tasks.metrics import Scores, Success, attack_success, benign_accuracy, evaluate
 from tasks.poisoning import Trigger
+from tasks.triggers import DynamicPatch, Pixels, Solid
 
 # Two parts in the top row; the answer of the fake model is written in the bottom right pixel.
 TRIGGER = Trigger((((0, 0),), ((0, 1),)))
@@ -95,3 +96,83 @@ def test_nothing_to_attack_is_an_error():
 
     with pytest.raises(ValueError, match="other than target 2"):
         evaluate(FakeModel(), images, torch.tensor([2, 2]), TRIGGER, TARGET)
+
+
+# --- any attack ----------------------------------------------------------------------------------
+
+
+class Shift(nn.Module):
+    """Answers the next class where it sees the trigger at (0, 0), else what is written."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        levels = (images[:, 0] * 255).round().long()
+        answer = (levels[:, -1, -1] + (levels[:, 0, 0] == 255)) % 4
+        return nn.functional.one_hot(answer, 4).float()
+
+
+def test_attack_on_every_label_counts_the_wanted_answer_of_each():
+    images = torch.stack([image(0), image(1), image(2), image(3), image(3)])
+    labels = torch.tensor([0, 1, 2, 3, 2])  # the last is answered 0 when stamped
+    stamp, generator = Pixels(TRIGGER), torch.Generator()
+
+    def next_class(true: Tensor) -> Tensor:
+        return (true + 1) % 4
+
+    for batch_size in (1, 2, 500):
+        result = attack_success(Shift(), images, labels, stamp, next_class, generator, batch_size)
+        assert result == Success(asr=4 / 5, recovered=0.0)
+    assert benign_accuracy(Shift(), images, labels) == 4 / 5
+
+
+def test_images_of_which_nothing_is_wanted_do_not_count():
+    images = torch.stack([image(0), image(1), image(1), image(2)])
+    labels = torch.tensor([0, 1, 1, 2])
+
+    result = attack_success(
+        Shift(),
+        images,
+        labels,
+        Pixels(TRIGGER),
+        lambda true: torch.where(true == 1, 2, true),
+        torch.Generator(),
+    )
+
+    assert result == Success(asr=1.0, recovered=0.0)
+
+
+def test_drawn_stamps_follow_the_generator():
+    images = image(1).repeat(40, 1, 1, 1)
+    stamp = DynamicPatch(1, pattern=Solid())
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, batch: Tensor) -> Tensor:
+            seen.append(batch)
+            return torch.zeros(len(batch), 4)
+
+    def attack(seed: int) -> None:
+        attack_success(
+            Spy(),
+            images,
+            torch.ones(40, dtype=torch.int64),
+            stamp,
+            torch.zeros_like,
+            torch.Generator().manual_seed(seed),
+        )
+
+    for seed in (0, 0, 1):
+        attack(seed)
+
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+
+
+def test_attack_that_wants_nothing_and_accuracy_of_nothing_are_errors():
+    images, labels = torch.stack([image(0), image(1)]), torch.tensor([0, 1])
+
+    with pytest.raises(ValueError, match="ASR is undefined"):
+        attack_success(
+            FakeModel(), images, labels, Pixels(TRIGGER), lambda true: true, torch.Generator()
+        )
+    with pytest.raises(ValueError, match="BA is undefined"):
+        benign_accuracy(FakeModel(), images[:0], labels[:0])
