@@ -142,7 +142,7 @@ class ThresholdsConfig(Section):
     )
     filter_others: float = Field(3.0, description="Lambda of the sample filter for all others.")
     repaired: float = Field(
-        0.2, gt=0, le=1, description="Share of a layer's neurons that a repair takes the median of."
+        0.4, gt=0, le=1, description="Share of a layer's neurons that a repair takes the median of."
     )
 
 

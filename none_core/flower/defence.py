@@ -150,7 +150,7 @@ class Defence:
         purify_threshold: float = 0.0,
         purify_others: float = 3.0,
         repair: bool = True,
-        repair_share: float = 0.2,
+        repair_share: float = 0.4,
         quarantine: bool = True,
         reputation: Reputation | None = None,
         liars: int | None = None,
