@@ -23,7 +23,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: help simulate deploy deploy-local bars matrix test lint audit fuzz bench clean
+.PHONY: help simulate deploy deploy-local bars matrix thresholds test lint audit fuzz bench clean
 
 help:
 	@echo "make simulate   the attack without and with the defence, and a comparison, into results/"
@@ -33,6 +33,7 @@ help:
 	@echo "                DATA_ROOT=folder for full MNIST)"
 	@echo "make matrix     what decides among defences, attacks and data, into docs/results-small.md"
 	@echo "                (half an hour); MATRIX=simulations/experiments/matrix.toml for all of it"
+	@echo "make thresholds how the thresholds do on held-out training images (an hour and a half)"
 	@echo "make test       lint, types and tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make audit      known weaknesses in the code (bandit) and in what it uses (pip-audit, if there"
@@ -69,6 +70,9 @@ bars: $(INSTALLED)
 
 matrix: $(INSTALLED)
 	$(PY) -m simulations matrix $(MATRIX) $(WITH_DATA)
+
+thresholds: $(INSTALLED)
+	$(PY) -m simulations matrix simulations/experiments/thresholds.toml
 
 test: lint
 	$(PY) -m pytest

@@ -376,7 +376,6 @@ class Page:
         parts = [
             f"# {self._found.matrix.file.report.title}",
             self._head(),
-            "## Missed",
             *self._missed(),
             *self._bars(),
             *self._tables(),
@@ -395,11 +394,18 @@ class Page:
             state += f", {broken} failed"
         return (
             f"Written by `python -m simulations matrix {_shown(found.matrix.path)}`: {state}. "
-            f"Scores are in percent of test images. BA: accuracy on clean images. ASR: images not "
-            f"of the target class that carry the whole trigger and are taken for the target "
-            f"class. Each run by itself: [{names.cells}]({names.cells}); seconds: "
+            f"Scores are in percent of {self._images()}. BA: accuracy on clean images. ASR: "
+            f"images not of the target class that carry the whole trigger and are taken for the "
+            f"target class. Each run by itself: [{names.cells}]({names.cells}); seconds: "
             f"[{names.timing}]({names.timing})."
         )
+
+    def _images(self) -> str:
+        held_out = {cell.experiment.task.held_out for cell in self._found.cells}
+        return {
+            frozenset({True}): "training images that were held out",
+            frozenset({False}): "test images",
+        }.get(frozenset(held_out), "test images, or of training images that were held out")
 
     def _missed(self) -> list[str]:
         parts = []
@@ -432,7 +438,7 @@ class Page:
                 f"{places} places; {open_} cannot be judged yet."
             )
             parts.append(_table(rows))
-        return parts
+        return ["## Missed", *parts] if parts else []
 
     def _bars(self) -> list[str]:
         if not self._verdicts:
