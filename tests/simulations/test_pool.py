@@ -94,8 +94,10 @@ def test_stopped_at_any_moment_what_is_finished_stays_and_nothing_runs_on(
     tmp_path: Path, how: signal.Signals
 ) -> None:
     code = (
-        "from pathlib import Path\nfrom tests.simulations import pooled, test_pool\n"
+        "import signal\nfrom pathlib import Path\nfrom tests.simulations import pooled, test_pool\n"
         "if __name__ == '__main__':\n"
+        # A shell has what it starts in the background ignore it, and so would this.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    out = Path({str(tmp_path)!r})\n"
         "    runs = [test_pool.experiment(out, seed) for seed in (0, 1)]\n"
         "    test_pool.pool.run(runs, out, test_pool.QUIET, 1, pooled.hang_on_seed_1)\n"
