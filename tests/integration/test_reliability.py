@@ -15,8 +15,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,10 @@ from none_core.trail import Trail
 from server.grid import MeteredGrid, TooFewNodesError
 from simulations.engines import in_process
 from tasks import data
+from tests.faults import SEEDS, tried
 from tests.integration import test_resume
 from tests.integration.test_resume import decisions
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "reliability.md"
-SEEDS = range(5)
 KILLS = 4  # of one run
 CLIENTS, ROUNDS = 10, 4  # of the toy federation
 
@@ -59,31 +56,6 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.integration.test_reliability"])
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-
-
-ROWS: dict[str, tuple[str, str] | None] = {}  # by fault: what was tried, and what became of it
-
-
-@contextmanager
-def tried(fault: str) -> Iterator[list[str]]:
-    """Take a fault's row out of the table, and put the two cells that the block leaves in it."""
-    ROWS[fault], cells = None, []
-    yield cells
-    what, outcome = cells
-    ROWS[fault] = what, outcome
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table() -> Iterator[None]:
-    """Write what was tried into the table, beside what was tried at other times."""
-    yield
-    pattern = re.compile(r"(?<=<!-- faults -->\n).*(?=<!-- /faults -->)", re.DOTALL)
-    text = PAGE.read_text()
-    found = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", pattern.search(text)[0], re.MULTILINE)  # type: ignore[index]
-    rows = {fault: (what, outcome) for fault, what, outcome in found[1:]} | ROWS
-    lines = ["| fault | tried | what became of it |", "|---|---|---|"]
-    lines += [f"| {fault} | {row[0]} | {row[1]} |" for fault, row in rows.items() if row]
-    PAGE.write_text(pattern.sub(lambda _: "\n".join(lines) + "\n", text))
 
 
 # --- the ServerApp is killed ----------------------------------------------------------------------
