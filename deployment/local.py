@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -28,7 +27,6 @@ from simulations.runner import RunError
 
 STARTUP_SECONDS = 180
 ONLINE_SECONDS = 300
-REVIVALS = 3  # of one process
 POLL_SECONDS = 0.5
 LOGS = "logs"
 SUPERNODE = CHECKOUT / "deployment" / "supernode.py"
@@ -55,8 +53,6 @@ class Local:
         self._processes = processes
         self.superlink = f"127.0.0.1:{free_port()}"
         self.gateway = f"127.0.0.1:{free_port()}"
-        self._starters: dict[str, Callable[[], None]] = {}
-        self._revived: Counter[str] = Counter()
 
     def operator(self, log: IO[bytes]) -> Operator:
         """Return who commands the SuperLink."""
@@ -92,30 +88,10 @@ class Local:
         command += ["--superlink", self.gateway, "--root-certificates", str(self.site.authority)]
         self._start(participant.name, [*command, "--port", str(free_port())])
 
-    def revive(self) -> None:
-        """Start again what has ended by itself, as a container's restart policy does.
-
-        Raises
-        ------
-        FlowerError
-            When something keeps ending.
-        """
-        for name in self._processes.ended():
-            if self._revived[name] == REVIVALS:
-                self._processes.check()
-            self._revived[name] += 1
-            self._processes.stop(name)
-            self._starters[name]()
-
     def _start(self, name: str, command: list[str], more: dict[str, str] | None = None) -> None:
         home = self._homes / name
         settings = {**SETTINGS, "FLWR_HOME": str(home / "flwr"), **POLLING, **(more or {})}
-
-        def start() -> None:
-            self._processes.start(name, command, home, settings)
-
-        self._starters[name] = start
-        start()
+        self._processes.start(name, command, home, settings)
 
     def _wait_for(self, name: str, address: str) -> None:
         def is_healthy() -> bool:
@@ -164,9 +140,9 @@ def run_locally(experiment: Experiment, log: Path, console: Console) -> None:
             say("keys registered")
             for participant in site.participants:
                 local.start_participant(participant)
-            operator.wait_for(nodes, local.revive, ONLINE_SECONDS)
+            operator.wait_for(nodes, processes.revive, ONLINE_SECONDS)
             say(f"{len(nodes)} SuperNodes online")
-            operator.run(experiment, site.test_data, local.revive)
+            operator.run(experiment, site.test_data, processes.revive)
             say("run completed")
     except (FlowerError, OSError) as error:
         raise RunError(last_exception(log) or str(error)) from error

@@ -142,12 +142,12 @@ def run_with(fault: Callable[[Running], None], place: Path, seed: int) -> float:
         nodes = operator.enrol(site.participants)
         for each in site.participants:
             local.start_participant(each)
-        operator.wait_for(nodes, local.revive, 600)
+        operator.wait_for(nodes, processes.revive, 600)
         running = Running(processes, processes.log(VICTIM).read_text)
         began = time.monotonic()
         thread = threading.Thread(target=fault, args=[running], daemon=True)
         thread.start()
-        operator.run(planned, site.test_data, local.revive)
+        operator.run(planned, site.test_data, processes.revive)
         seconds = time.monotonic() - began
         thread.join(1)
 

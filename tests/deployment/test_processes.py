@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from deployment.processes import RECORD, Processes
+from deployment.processes import PAUSES, RECORD, Processes
 from simulations.engines.commands import FlowerError
 
 # Starts a child that ignores the polite signal, says both ids, and waits.
@@ -72,6 +73,34 @@ def test_one_that_ends_by_itself_is_named_with_its_log(tmp_path: Path) -> None:
             processes.check()
         processes.stop("fails")
         processes.check()
+
+
+def test_what_ends_is_revived_after_longer_and_longer_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("deployment.processes.time", SimpleNamespace(monotonic=lambda: now))
+    with Processes(tmp_path) as processes:
+        start(processes, "waits", tmp_path / "a", "import time; time.sleep(600)")
+        waiting = processes.process_id("waits")
+        start(processes, "fails", tmp_path / "b", "raise SystemExit(7)")
+        for pause in PAUSES:
+            before = processes.process_id("fails")
+            wait_for(lambda: processes.ended() == ["fails"])
+            processes.revive()
+            if pause:
+                assert processes.process_id("fails") == before  # not yet
+                now += pause - 0.1
+                processes.revive()
+                assert processes.process_id("fails") == before
+                now += 0.1
+                processes.revive()
+            assert processes.process_id("fails") != before
+            assert f"{processes.process_id('fails')} fails" in (tmp_path / RECORD).read_text()
+        wait_for(lambda: processes.ended() == ["fails"])
+        with pytest.raises(FlowerError, match="fails ended with status 7"):
+            processes.revive()
+        assert processes.process_id("waits") == waiting
 
 
 def test_a_program_sees_its_own_home_and_none_of_the_operators_secrets(
