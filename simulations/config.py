@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from server.config import DefenseConfig, ThresholdsConfig
-from simulations import identity
+from simulations import durations, identity
 from tasks import models
 from tasks.config import (
     AttackConfig,
@@ -64,6 +64,38 @@ class Experiment(BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return what makes this experiment this experiment, without what nothing in it reads."""
         return identity.of(self.model_dump(mode="json"))
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.experiment.name
+
+    @property
+    def folder(self) -> Path:
+        """Where its results go."""
+        return Path(self.run.output)
+
+    def at(self, folder: Path) -> Experiment:
+        """Return the same experiment with another folder for its results."""
+        where = self.run.model_copy(update={"output": str(folder.absolute())})
+        return self.model_copy(update={"run": where})
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of federated training."""
+        return self.experiment.rounds
+
+    @property
+    def effort(self) -> float:
+        """How much there is to train; see `durations.effort`."""
+        task, passes = self.task, self.experiment.rounds * self.train.local_epochs
+        return durations.effort(task.dataset, task.model_name, task.train_images, passes)
+
+    @property
+    def likenesses(self) -> tuple[Hashable, ...]:
+        """What it has in common with others that take about as long, the most telling first."""
+        task = self.task.dataset, self.task.model_name, self.train.local_epochs
+        return (*task, self.defense.name), task
 
     def run_config(self) -> dict[str, RunConfigValue]:
         """Return the flat form that both Flower apps read."""

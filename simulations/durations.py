@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Protocol
 
 from simulations import results
-from simulations.config import Experiment
 from tasks.data import SHAPES
 
 START_SECONDS = 4.0  # what a process needs beside the run itself
@@ -45,14 +45,33 @@ _DEARER = {
 _PIXELS = 32 * 32  # of the images that these costs are for
 
 
-def steps(experiment: Experiment) -> float:
-    """Return how much there is to train: images seen, weighed by what the network costs."""
-    images = _IMAGES.get(experiment.task.dataset, _MANY)
-    images = min(images, experiment.task.train_images or images)
-    passes = experiment.experiment.rounds * experiment.train.local_epochs
-    _, height, width = SHAPES[experiment.task.dataset]
+class Job(Protocol):
+    """Something that runs for a while, and leaves a ``timing.json``."""
+
+    @property
+    def effort(self) -> float:
+        """How much there is to do, as `effort` counts it."""
+
+    @property
+    def likenesses(self) -> Sequence[Hashable]:
+        """What it has in common with others, the most telling first."""
+
+
+def effort(dataset: str, model: str, images: int | None, passes: float) -> float:
+    """Return how much there is to train: images seen, weighed by what the network costs.
+
+    Parameters
+    ----------
+    dataset, model : str
+    images : int or None
+        Of the training images, at most so many are used; None: all of them.
+    passes : float
+        How often each is seen.
+    """
+    there = _IMAGES.get(dataset, _MANY)
+    _, height, width = SHAPES[dataset]
     larger = max(1.0, height * width / _PIXELS)
-    return images * passes * larger * _DEARER.get(experiment.task.model_name, 2.0)
+    return min(there, images or there) * passes * larger * _DEARER.get(model, 2.0)
 
 
 class Durations:
@@ -61,21 +80,21 @@ class Durations:
     def __init__(self) -> None:
         self._rates: defaultdict[Hashable, list[float]] = defaultdict(list)
 
-    def add(self, experiment: Experiment, folder: Path) -> None:
+    def add(self, job: Job, folder: Path) -> None:
         """Learn from a finished run's ``timing.json``, if there is one."""
         try:
             seconds = float(results.read(folder, results.TIMING)["seconds"])
         except (results.ResultError, KeyError):
             return
-        for likeness in _likenesses(experiment):
-            self._rates[likeness].append(seconds / steps(experiment))
+        for likeness in (*job.likenesses, None):
+            self._rates[likeness].append(seconds / job.effort)
 
-    def expected(self, experiment: Experiment) -> float:
+    def expected(self, job: Job) -> float:
         """Return the seconds that a run will take, judged by the most alike."""
-        for likeness in _likenesses(experiment):
+        for likeness in (*job.likenesses, None):
             if rates := self._rates.get(likeness):
-                return START_SECONDS + mean(rates) * steps(experiment)
-        return START_SECONDS + _GUESS * steps(experiment)
+                return START_SECONDS + mean(rates) * job.effort
+        return START_SECONDS + _GUESS * job.effort
 
 
 def together(seconds: Sequence[float], workers: int) -> float:
@@ -89,9 +108,3 @@ def spell(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _likenesses(experiment: Experiment) -> list[Hashable]:
-    """Return what an experiment has in common with others, the most telling first."""
-    task = experiment.task.dataset, experiment.task.model_name, experiment.train.local_epochs
-    return [(*task, experiment.defense.name), task, None]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -36,7 +36,27 @@ _IMPORTED = ("simulations.runner", "server.app", "client.app")
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 5.0
 
-Work = Callable[[Experiment], object]
+
+class Job(durations.Job, Protocol):
+    """What the pool runs: it writes ``result.json`` into its folder."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its result is, or will be; jobs that would do the same share it."""
+
+    @property
+    def rounds(self) -> int:
+        """How many lines of ``progress.jsonl`` it will write beside the first."""
+
+    def at(self, folder: Path) -> Job:
+        """Return the same job with another folder."""
+
+
+Work = Callable[[Any], object]
 
 
 class BusyError(RuntimeError):
@@ -59,7 +79,7 @@ def failed(folder: Path) -> bool:
 
 
 def run(
-    experiments: Sequence[Experiment],
+    jobs: Sequence[Job],
     out: Path,
     console: Console,
     workers: int | None = None,
@@ -69,8 +89,8 @@ def run(
 
     Parameters
     ----------
-    experiments : sequence of Experiment
-        Each with its own folder in `out` as output.
+    jobs : sequence of Job
+        Each with its own folder in `out`.
     out : Path
         Made if it does not exist.
     console : Console
@@ -78,7 +98,7 @@ def run(
     workers : int, optional
         Processes at the same time; one for each core if not given.
     work : callable
-        Runs one experiment, in a process of its own.
+        Does one job, in a process of its own; for experiments it need not be given.
 
     Returns
     -------
@@ -93,16 +113,16 @@ def run(
         On Ctrl-C or SIGTERM, after everything has been stopped.
     """
     known = durations.Durations()
-    for experiment in experiments:
-        if finished(Path(experiment.run.output)):
-            known.add(experiment, Path(experiment.run.output))
-    todo = {e.run.output: e for e in experiments if not finished(Path(e.run.output))}
+    for job in jobs:
+        if finished(job.folder):
+            known.add(job, job.folder)
+    todo = {job.folder: job for job in jobs if not finished(job.folder)}
     # Stable: what takes equally long keeps the order of the file.
-    queue = sorted(todo.values(), key=durations.steps, reverse=True)
+    queue = sorted(todo.values(), key=lambda job: job.effort, reverse=True)
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out), _terminated_as_interrupted():
         pool = _Pool(out, min(workers or os.cpu_count() or 1, max(1, len(queue))), work, known)
-        with _Display(console, pool, queue, len({e.run.output for e in experiments})) as display:
+        with _Display(console, pool, queue, len({job.folder for job in jobs})) as display:
             try:
                 pool.run(queue, display)
             finally:
@@ -113,13 +133,9 @@ def run(
 @dataclass
 class _Running:
     process: ForkServerProcess
-    experiment: Experiment
+    job: Job
     folder: Path
     began: float
-
-    @property
-    def target(self) -> Path:
-        return Path(self.experiment.run.output)
 
     def last_round(self) -> Mapping[str, Any] | None:
         """Return the last round that it has finished."""
@@ -139,7 +155,7 @@ class _Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(_IMPORTED))
 
-    def run(self, queue: list[Experiment], display: _Display) -> None:
+    def run(self, queue: list[Job], display: _Display) -> None:
         """Work until nothing is left to do."""
         while queue or self.running:
             while queue and len(self.running) < self.workers:
@@ -160,15 +176,14 @@ class _Pool:
             shutil.rmtree(each.folder, ignore_errors=True)
         self.running.clear()
 
-    def _start(self, experiment: Experiment) -> None:
-        folder = self.out / f"{_RUNNING}{os.getpid()}-{Path(experiment.run.output).name}"
+    def _start(self, job: Job) -> None:
+        folder = self.out / f"{_RUNNING}{os.getpid()}-{job.folder.name}"
         folder.mkdir()
-        where = experiment.run.model_copy(update={"output": str(folder.absolute())})
-        mine = experiment.model_copy(update={"run": where})
+        mine = job.at(folder)
         process = self._context.Process(target=_child, args=(self._work, mine))
         with _environment(OMP_NUM_THREADS="1"):
             process.start()
-        self.running[process.sentinel] = _Running(process, experiment, folder, time.monotonic())
+        self.running[process.sentinel] = _Running(process, job, folder, time.monotonic())
 
     def _finish(self, run: _Running) -> tuple[_Running, str]:
         """Give a run's folder its name; the reason if it failed, else an empty text."""
@@ -176,10 +191,10 @@ class _Pool:
         reason = ""
         if run.process.exitcode or not finished(run.folder):
             reason = _reason(run)
-            self.failures[run.target.name] = reason
-            target = self.out / FAILED / run.target.name
+            self.failures[run.job.folder.name] = reason
+            target = self.out / FAILED / run.job.folder.name
         else:
-            target = run.target
+            target = run.job.folder
             if not (run.folder / LOG).stat().st_size:
                 (run.folder / LOG).unlink()
             shutil.rmtree(self.out / FAILED / target.name, ignore_errors=True)
@@ -187,20 +202,20 @@ class _Pool:
         shutil.rmtree(target, ignore_errors=True)  # an earlier failure, or a folder with no result
         run.folder.rename(target)
         if not reason:
-            self.known.add(run.experiment, target)
+            self.known.add(run.job, target)
         return run, reason
 
 
-def _child(work: Work, experiment: Experiment) -> None:
+def _child(work: Work, job: Job) -> None:
     """Run one experiment; what it prints goes to a file, and it does not outlive its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    with (Path(experiment.run.output) / LOG).open("ab") as log:
+    with (job.folder / LOG).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        work(experiment)
+        work(job)
     except Exception as error:
         traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # the last line is the reason
@@ -271,7 +286,7 @@ def _environment(**values: str) -> Iterator[None]:
 class _Display:
     """Shows what is running, what has ended, and about how long the rest will take."""
 
-    def __init__(self, console: Console, pool: _Pool, queue: list[Experiment], total: int) -> None:
+    def __init__(self, console: Console, pool: _Pool, queue: list[Job], total: int) -> None:
         self._console, self._pool, self._queue = console, pool, queue
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -300,9 +315,9 @@ class _Display:
             return
         self._bars.update(self._whole, completed=self._done, note=self._left())
         for run in self._pool.running.values():
-            rounds = run.experiment.experiment.rounds
+            rounds = run.job.rounds
             if run.folder not in self._each:
-                name = run.experiment.experiment.name
+                name = run.job.name
                 self._each[run.folder] = self._bars.add_task(name, total=rounds, note="")
             if entry := run.last_round():
                 note = progress.scores(entry)
@@ -314,16 +329,16 @@ class _Display:
             self._bars.remove_task(self._each.pop(run.folder))
         self._done += not reason
         seconds = time.monotonic() - run.began
-        how = f"[red]failed[/red] {reason}" if reason else _scores(run.target)
-        name = run.experiment.experiment.name
+        how = f"[red]failed[/red] {reason}" if reason else _scores(run.job.folder)
+        name = run.job.name
         text = f"{self._done}/{self._total}  {name}  {how}  {seconds:.0f} s; {self._left()}"
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def _left(self) -> str:
         now = time.monotonic()
-        rest = [self._pool.known.expected(experiment) for experiment in self._queue]
+        rest = [self._pool.known.expected(job) for job in self._queue]
         for run in self._pool.running.values():
-            rest.append(max(0.0, self._pool.known.expected(run.experiment) - (now - run.began)))
+            rest.append(max(0.0, self._pool.known.expected(run.job) - (now - run.began)))
         return f"about {durations.spell(durations.together(rest, self._pool.workers))} left"
 
 
