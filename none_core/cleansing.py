@@ -127,7 +127,7 @@ class Cleanser:
         *,
         detector: str | Detector = "mixture",
         policy: Policy | None = None,
-        strength: float = 7.0,
+        strength: float = 8.0,
         reset: Literal["zero", "init"] = "zero",
         neuron_map: NeuronMap | None = None,
         prepare: Callable[[Tensor], Tensor] = unchanged,

@@ -42,7 +42,7 @@ class Split:
         Samples of the smaller group, (n,).
     strength : float
         Distance of the groups' medians on the mean of the neurons below, in multiples of the
-        groups' own deviation. Samples of one kind reach some 3 to 6, since what is measured is the
+        groups' own deviation. Samples of one kind reach some 3 to 7, since what is measured is the
         best split of many.
     neurons : ndarray of int64
         Those that tell the groups apart best, (m,), the best first.

@@ -79,8 +79,10 @@ class NoneTrainer:
         Its ``prepare`` is applied to the batches that are trained on, too.
     optimizer : callable
         ``parameters -> Optimizer``, called at the start and after each reset.
-    retrain_optimizer : callable, optional
-        The same for training after a reset; the published code takes a far smaller step there.
+    retrain_rate : float
+        What the learning rates are multiplied by after a reset, > 0. Under frozen normalisation a
+        network that took a large step before would leave all that it has learned at the same step;
+        the published code trains on at 1e-4.
     loss : callable
         ``(logits, labels) -> mean loss``.
     epochs : int
@@ -108,10 +110,10 @@ class NoneTrainer:
         cleanser: Cleanser,
         optimizer: OptimizerFn,
         *,
-        retrain_optimizer: OptimizerFn | None = None,
         loss: Loss = functional.cross_entropy,
         epochs: int = 20,
-        retrain_epochs: int = 5,
+        retrain_epochs: int = 4,
+        retrain_rate: float = 0.04,
         rounds: int = 3,
         batch_size: int = 64,
         seed: int = 0,
@@ -125,8 +127,10 @@ class NoneTrainer:
         ):
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
+        if not retrain_rate > 0:
+            raise ValueError(f"retrain_rate must be > 0, got {retrain_rate}")
         self.model, self.dataset, self.cleanser = model, dataset, cleanser
-        self.optimizer, self.retrain_optimizer = optimizer, retrain_optimizer or optimizer
+        self.optimizer, self.retrain_rate = optimizer, retrain_rate
         self.loss, self.batch_size, self.seed = loss, batch_size, seed
         self.epochs, self.retrain_epochs, self.rounds = epochs, retrain_epochs, rounds
         self.checkpoint = checkpoint
@@ -194,8 +198,10 @@ class NoneTrainer:
         return float(total) / max(seen, 1)
 
     def _optimizer(self, state: _State) -> Optimizer:
-        make = self.retrain_optimizer if state.round else self.optimizer
-        optimizer = make(self.model.parameters())
+        optimizer = self.optimizer(self.model.parameters())
+        if state.round:
+            for group in optimizer.param_groups:
+                group["lr"] *= self.retrain_rate
         if state.optimizer is not None:
             optimizer.load_state_dict(state.optimizer)
         return optimizer
@@ -229,7 +235,7 @@ class NoneTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """Return what a run that goes on must have in common with the one that was stopped."""
-        names = ("epochs", "retrain_epochs", "rounds", "batch_size", "seed")
+        names = ("epochs", "retrain_epochs", "retrain_rate", "rounds", "batch_size", "seed")
         return {
             **{name: getattr(self, name) for name in names},
             "samples": len(self.dataset),  # type: ignore[arg-type]

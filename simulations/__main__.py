@@ -1,4 +1,4 @@
-"""The command line: ``python -m simulations run|compare|matrix|list``."""
+"""The command line: ``python -m simulations run|compare|matrix|table|list``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from simulations import options
 from simulations.options import CONFIGURATION, FAILED, INTERRUPTED, fail
 
 if TYPE_CHECKING:
-    from simulations import matrix as matrices
+    from simulations import pool
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
+FEDERATED = 7  # the table of the paper that a matrix makes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +70,9 @@ def matrix(arguments: argparse.Namespace) -> int:
     from simulations import config, matrix, matrix_report, pool, results
 
     progress = Console(stderr=True, quiet=arguments.quiet)
+    out = arguments.out or Path("results/matrix")
     try:
-        plan = matrix.Matrix(arguments.file, arguments.out, arguments.data_root)
+        plan = matrix.Matrix(arguments.file, out, arguments.data_root)
         cells = plan.cells(everything=arguments.all)
     except config.ConfigError as error:
         return fail(str(error), CONFIGURATION)
@@ -78,14 +80,14 @@ def matrix(arguments: argparse.Namespace) -> int:
     if not chosen:
         return fail(f"--only {arguments.only} matches no cell", CONFIGURATION)
     if arguments.list:
-        return _list_cells(chosen, arguments.workers)
+        return _list_jobs([(cell, cell.experiment) for cell in chosen], arguments.workers)
     failures: dict[str, str] = {}
     try:
         if not arguments.report_only:
             experiments = [cell.experiment for cell in chosen]
-            failures = pool.run(experiments, arguments.out, progress, arguments.workers)
+            failures = pool.run(experiments, out, progress, arguments.workers)
         if not any(pool.finished(cell.folder) for cell in cells):
-            _list_failures(failures, arguments.out)
+            _list_failures(failures, out)
             return fail("no cell is finished, so there is nothing to write about", FAILED)
         files = matrix_report.write(plan, cells, arguments.docs)
     except pool.BusyError as error:
@@ -93,7 +95,42 @@ def matrix(arguments: argparse.Namespace) -> int:
     except (OSError, results.ResultError) as error:
         return fail(str(error), FAILED)
     options.list_files(options.stdout(), files)
-    return _list_failures(failures, arguments.out)
+    return _list_failures(failures, out)
+
+
+def table(arguments: argparse.Namespace) -> int:
+    """Run a table of the paper, only what is not finished, and write it with what is finished."""
+    from simulations import config, pool, results
+    from simulations.central import plan as plans
+    from simulations.central import report
+    from simulations.central import run as central
+
+    name = f"paper-{arguments.scale}"
+    if arguments.number == FEDERATED:
+        arguments.file = EXPERIMENTS / f"{name}-{FEDERATED}.toml"
+        arguments.all, arguments.only = False, ""
+        return matrix(arguments)
+    progress = Console(stderr=True, quiet=arguments.quiet)
+    out = arguments.out or Path("results") / name
+    try:
+        plan = plans.Plan(EXPERIMENTS / f"{name}.toml", out, arguments.data_root, arguments.device)
+        cells = plan.cells(arguments.number)
+    except config.ConfigError as error:
+        return fail(str(error), CONFIGURATION)
+    if arguments.list:
+        return _list_jobs([(cell.name, cell) for cell in cells], arguments.workers)
+    failures: dict[str, str] = {}
+    workers = arguments.workers or (1 if arguments.device == "cuda" else None)
+    try:
+        if not arguments.report_only:
+            failures = pool.run(cells, out, progress, workers, central.execute)
+        files = report.write(plan, arguments.docs)
+    except pool.BusyError as error:
+        return fail(str(error), CONFIGURATION)
+    except (OSError, results.ResultError) as error:
+        return fail(str(error), FAILED)
+    options.list_files(options.stdout(), files)
+    return _list_failures(failures, out)
 
 
 def _list_failures(failures: Mapping[str, str], out: Path) -> int:
@@ -104,25 +141,25 @@ def _list_failures(failures: Mapping[str, str], out: Path) -> int:
     return FAILED if failures else 0
 
 
-def _list_cells(cells: Sequence[matrices.Cell], workers: int | None) -> int:
-    """Print each cell with its state and the time that it will take."""
+def _list_jobs(jobs: Sequence[tuple[object, pool.Job]], workers: int | None) -> int:
+    """Print each job by its name, with its state and the time that it will take."""
     from simulations import durations, pool
 
     known, left = durations.Durations(), {}
-    for cell in cells:
-        if pool.finished(cell.folder):
-            known.add(cell.experiment, cell.folder)
-    for cell in cells:
+    for _, job in jobs:
+        if pool.finished(job.folder):
+            known.add(job, job.folder)
+    for name, job in jobs:
         state = "finished"
-        if not pool.finished(cell.folder):
-            left[cell.folder] = known.expected(cell.experiment)
-            state = "failed" if pool.failed(cell.folder) else "to run"
-            state += f", {durations.spell(left[cell.folder])}"
-        print(f"{cell}  {state}")
+        if not pool.finished(job.folder):
+            left[job.folder] = known.expected(job)
+            state = "failed" if pool.failed(job.folder) else "to run"
+            state += f", {durations.spell(left[job.folder])}"
+        print(f"{name}  {state}")
     together = durations.together(list(left.values()), workers or os.cpu_count() or 1)
-    runs = len({cell.folder for cell in cells})
+    runs = len({job.folder for _, job in jobs})
     print(
-        f"{len(cells)} cells are {runs} runs, {runs - len(left)} of them finished; "
+        f"{len(jobs)} cells are {runs} runs, {runs - len(left)} of them finished; "
         f"the rest takes about {durations.spell(together)}"
     )
     return 0
@@ -155,18 +192,30 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("file", type=Path, metavar="FILE.toml")
     many.add_argument("--all", action="store_true", help="the product of all axes as well")
     many.add_argument("--only", default="", help="cells that match this, as --list writes them")
-    many.add_argument("--list", action="store_true", help="print the cells and run nothing")
-    many.add_argument("--report-only", action="store_true", help="write about what is finished")
-    many.add_argument("--workers", type=_count, help="processes (default: one for each core)")
-    many.add_argument("--out", type=Path, default=Path("results/matrix"))
-    many.add_argument("--docs", type=Path, default=Path("docs"), help="folder for the page")
-    many.add_argument("--data-root", type=Path, help="folder that holds the data sets")
-    many.add_argument("--quiet", "-q", action="store_true", help="show no progress")
+    _add_pool_options(many)
     many.set_defaults(command=matrix)
+
+    paper = commands.add_parser("table", help="run a table of the paper", description=table.__doc__)
+    paper.add_argument("number", type=int, choices=range(1, 9), metavar="N", help="1 to 8")
+    paper.add_argument("--scale", choices=("small", "full"), default="small")
+    paper.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    _add_pool_options(paper)
+    paper.set_defaults(command=table)
 
     listing = commands.add_parser("list", help="list the experiments of this repository")
     listing.set_defaults(command=list_experiments)
     return parser
+
+
+def _add_pool_options(parser: argparse.ArgumentParser) -> None:
+    """Add what it takes to run many."""
+    parser.add_argument("--list", action="store_true", help="print the runs, and run nothing")
+    parser.add_argument("--report-only", action="store_true", help="write about what is finished")
+    parser.add_argument("--workers", type=_count, help="processes (default: one for each core)")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: in results/)")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder for the page")
+    parser.add_argument("--data-root", type=Path, help="folder that holds the data sets")
+    parser.add_argument("--quiet", "-q", action="store_true", help="show no progress")
 
 
 def _count(text: str) -> int:

@@ -267,9 +267,9 @@ class Matrix:
     def _experiment(self, point: Point, seed: int) -> Experiment:
         document: Settings = copy.deepcopy(self.file.base)
         for axis in AXES:
-            _merge(document, getattr(self.file, _TABLE[axis])[getattr(point, axis)])
-        _merge(document, {"attack": {"malicious": point.malicious}})
-        _merge(document, {"experiment": {"seed": seed, "name": "cell"}, "run": self._where})
+            merge(document, getattr(self.file, _TABLE[axis])[getattr(point, axis)])
+        merge(document, {"attack": {"malicious": point.malicious}})
+        merge(document, {"experiment": {"seed": seed, "name": "cell"}, "run": self._where})
         try:
             experiment = config.build(document)
         except ConfigError as error:
@@ -298,7 +298,7 @@ class Matrix:
                 raise ConfigError(f'{self.path}: the bar "{bar.name}" matches none of [[cells]]')
 
 
-def _merge(document: Settings, settings: Mapping[str, Mapping[str, Any]]) -> None:
+def merge(document: Settings, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Write settings over a document, key by key."""
     for section, values in settings.items():
         document.setdefault(section, {}).update(values)

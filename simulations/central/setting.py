@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,10 +76,13 @@ class Outcome:
     model : nn.Module
     dropped : ndarray of int64 or None
         Training images that were taken for poisoned, ascending; None if the method names none.
+    looks : sequence of mapping
+        What the method found when it looked at the network, if it does; numbers and texts.
     """
 
     model: nn.Module
     dropped: NDArray[np.int64] | None = None
+    looks: Sequence[Mapping[str, Any]] = ()
 
 
 Method = Callable[[Setting], Outcome]

@@ -175,15 +175,21 @@ def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> N
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_retraining_may_take_another_optimiser(task: poisoned.Task) -> None:
-    still = poisoned.net()
-    trained = trainer(
-        task, still, rounds=1, retrain_optimizer=lambda p: torch.optim.SGD(p, lr=0.0)
-    ).fit()
+def test_retraining_takes_smaller_steps(task: poisoned.Task) -> None:
+    """So small here that the model stays what the reset has left."""
+    model, made = poisoned.net(), list[torch.optim.Optimizer]()
+
+    def watched(parameters: Any) -> torch.optim.Optimizer:
+        made.append(torch.optim.SGD(parameters, lr=0.05))
+        return made[-1]
+
+    trained = trainer(task, model, optimizer=watched, rounds=1, retrain_rate=1e-60).fit()
+
+    assert [each.param_groups[0]["lr"] for each in made] == [0.05, 0.05 * 1e-60]
     once = poisoned.net()
-    trainer(task, once, rounds=0).fit()
+    trainer(task, once, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), rounds=0).fit()
     Cleanser(once, EXAMPLE).cleanse(once, task.train)
-    assert same(still, once)
+    assert same(model, once)
     assert len(trained.cleansings) == 1
 
 
@@ -203,3 +209,5 @@ def test_another_runs_checkpoint_and_a_damaged_one_are_refused(
 def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be >= "):
         trainer(task, poisoned.net(), **{name: -1})
+    with pytest.raises(ValueError, match="^retrain_rate must be > 0, got 0"):
+        trainer(task, poisoned.net(), retrain_rate=0)

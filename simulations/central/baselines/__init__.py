@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from simulations.central.baselines.abl import AntiBackdoorLearning
 from simulations.central.baselines.activation_clustering import ActivationClustering
+from simulations.central.baselines.base import Baseline
 from simulations.central.baselines.dp_sgd import NARROW, WIDE
 from simulations.central.baselines.fine_pruning import FinePruning
 from simulations.central.baselines.nad import NeuralAttentionDistillation
 from simulations.central.baselines.plain import Plain
-from simulations.central.setting import Method
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Baseline] = {
     "undefended": Plain(),
     "dp-sgd-4.0-0.1": WIDE,
     "dp-sgd-1.0-0.5": NARROW,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -115,7 +115,7 @@ def descend(
     generator : torch.Generator
         Draws the order of the images.
     """
-    optimizer = sgd(model, schedule)
+    optimizer = sgd(model.parameters(), schedule)
     model.train()
     for _ in range(schedule.epochs):
         for chosen in batches(len(images), schedule.batch_size, generator):
@@ -125,10 +125,10 @@ def descend(
             optimizer.step()
 
 
-def sgd(model: nn.Module, schedule: Schedule) -> torch.optim.SGD:
+def sgd(parameters: Iterable[nn.Parameter], schedule: Schedule) -> torch.optim.SGD:
     """Make the optimizer of a schedule."""
     return torch.optim.SGD(
-        model.parameters(),
+        parameters,
         lr=schedule.lr,
         momentum=schedule.momentum,
         weight_decay=schedule.weight_decay,

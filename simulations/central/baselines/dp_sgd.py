@@ -66,7 +66,7 @@ class DpSgd(Baseline):
         model = ModuleValidator.fix(setting.model_fn()).train()
         watched = GradSampleModule(out_of_place(model))
         optimizer = DPOptimizer(
-            sgd(model, schedule),
+            sgd(model.parameters(), schedule),
             noise_multiplier=self.noise,
             max_grad_norm=self.clip,
             expected_batch_size=schedule.batch_size,

@@ -1,0 +1,92 @@
+"""All that is tried against poisoned training data on one machine, by name: NONE, and its peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch.utils.data import TensorDataset
+
+from none_core.cleansing import Cleanser
+from none_core.detection import DETECTORS
+from none_core.neurons import HOWS
+from none_core.training import NoneTrainer
+from simulations.central import baselines
+from simulations.central.baselines.base import Baseline, require, sgd
+from simulations.central.setting import Outcome, Setting
+from tasks.models import as_input
+
+
+@dataclass(frozen=True)
+class NoneDefense(Baseline):
+    """Train, look, reset, drop and train on; Wang et al., NeurIPS 2022, Algorithm 1.
+
+    Attributes
+    ----------
+    detector : str
+        A name in `none_core.detection.DETECTORS`.
+    reset : str
+        "zero" or "init".
+    rounds : int
+        Looks at most, >= 0.
+    retrain_epochs : int
+        Passes after each that found something, >= 1.
+    retrain_rate : float
+        Their learning rate in units of the schedule's, > 0.
+    """
+
+    detector: str = "mixture"
+    reset: str = "zero"
+    rounds: int = 3
+    retrain_epochs: int = 4
+    retrain_rate: float = 0.04
+
+    def validate(self) -> None:
+        """Check the fields."""
+        names = sorted(DETECTORS)
+        require(self.detector in DETECTORS, "detector", self.detector, f"one of {names}")
+        require(self.reset in HOWS, "reset", self.reset, f"one of {HOWS}")
+        require(self.rounds >= 0, "rounds", self.rounds, ">= 0")
+        require(self.retrain_epochs >= 1, "retrain_epochs", self.retrain_epochs, ">= 1")
+        require(self.retrain_rate > 0, "retrain_rate", self.retrain_rate, "> 0")
+
+    def train(self, setting: Setting) -> Outcome:
+        """Train and cleanse."""
+        model, schedule = setting.model_fn(), setting.schedule
+        prepare = partial(as_input, model)
+        cleanser = Cleanser(
+            model,
+            prepare(setting.images[:2]),
+            detector=self.detector,
+            reset=self.reset,  # type: ignore[arg-type]
+            prepare=prepare,
+            seed=setting.seed,
+        )
+        trained = NoneTrainer(
+            model,
+            TensorDataset(setting.images, setting.labels),
+            cleanser,
+            lambda parameters: sgd(parameters, schedule),
+            epochs=schedule.epochs,
+            retrain_epochs=self.retrain_epochs,
+            retrain_rate=self.retrain_rate,
+            rounds=self.rounds,
+            batch_size=schedule.batch_size,
+            seed=setting.seed,
+        ).fit()
+        looks = [
+            {
+                "reason": each.reason,
+                "reset": len(each.neurons),
+                "dropped": len(each.dropped),
+                "strengths": {str(k): round(s, 3) for k, s in each.strengths.items()},
+            }
+            for each in trained.cleansings
+        ]
+        return Outcome(model, trained.dropped, looks)
+
+
+METHODS: dict[str, Baseline] = {
+    **baselines.METHODS,
+    "none": NoneDefense(),
+}
