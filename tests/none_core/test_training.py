@@ -180,14 +180,14 @@ def test_retraining_takes_smaller_steps(task: poisoned.Task) -> None:
     model, made = poisoned.net(), list[torch.optim.Optimizer]()
 
     def watched(parameters: Any) -> torch.optim.Optimizer:
-        made.append(torch.optim.SGD(parameters, lr=0.05))
+        made.append(optimizer(parameters))
         return made[-1]
 
     trained = trainer(task, model, optimizer=watched, rounds=1, retrain_rate=1e-60).fit()
 
     assert [each.param_groups[0]["lr"] for each in made] == [0.05, 0.05 * 1e-60]
     once = poisoned.net()
-    trainer(task, once, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), rounds=0).fit()
+    trainer(task, once, rounds=0).fit()
     Cleanser(once, EXAMPLE).cleanse(once, task.train)
     assert same(model, once)
     assert len(trained.cleansings) == 1
@@ -209,5 +209,5 @@ def test_another_runs_checkpoint_and_a_damaged_one_are_refused(
 def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be >= "):
         trainer(task, poisoned.net(), **{name: -1})
-    with pytest.raises(ValueError, match="^retrain_rate must be > 0, got 0"):
+    with pytest.raises(ValueError, match="^retrain_rate must be > 0"):
         trainer(task, poisoned.net(), retrain_rate=0)
