@@ -105,16 +105,18 @@ def table(arguments: argparse.Namespace) -> int:
     from simulations.central import report
     from simulations.central import run as central
 
-    name = f"paper-{arguments.scale}"
+    file = arguments.file or EXPERIMENTS / f"paper-{arguments.scale}.toml"
     if arguments.number == FEDERATED:
-        arguments.file = EXPERIMENTS / f"{name}-{FEDERATED}.toml"
+        arguments.file = file.with_stem(f"{file.stem}-federated")
         arguments.all, arguments.only = False, ""
         return matrix(arguments)
     progress = Console(stderr=True, quiet=arguments.quiet)
-    out = arguments.out or Path("results") / name
+    out = arguments.out or Path("results") / file.stem
     try:
-        plan = plans.Plan(EXPERIMENTS / f"{name}.toml", out, arguments.data_root, arguments.device)
+        plan = plans.Plan(file, out, arguments.data_root, arguments.device)
         cells = plan.cells(arguments.number)
+        if not cells:
+            return fail(f"{file} has no row of table {arguments.number}", CONFIGURATION)
     except config.ConfigError as error:
         return fail(str(error), CONFIGURATION)
     if arguments.list:
@@ -198,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     paper = commands.add_parser("table", help="run a table of the paper", description=table.__doc__)
     paper.add_argument("number", type=int, choices=range(1, 9), metavar="N", help="1 to 8")
     paper.add_argument("--scale", choices=("small", "full"), default="small")
+    paper.add_argument("--file", type=Path, help="one's own rows (default: those of the scale)")
     paper.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     _add_pool_options(paper)
     paper.set_defaults(command=table)

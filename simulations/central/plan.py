@@ -268,6 +268,6 @@ def _validated(path: Path) -> File:
         for table in block.tables:
             if str(table) not in file.tables:
                 raise ConfigError(
-                    f"{path}: [tables.{table}] is missing: [[rows]] {number} names it"
+                    f"{path}: [[rows]] {number} names table {table}, which is not there"
                 )
     return file

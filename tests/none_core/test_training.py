@@ -209,5 +209,5 @@ def test_another_runs_checkpoint_and_a_damaged_one_are_refused(
 def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be >= "):
         trainer(task, poisoned.net(), **{name: -1})
-    with pytest.raises(ValueError, match="^retrain_rate must be > 0"):
+    with pytest.raises(ValueError, match=r"^retrain_rate must be > 0"):
         trainer(task, poisoned.net(), retrain_rate=0)

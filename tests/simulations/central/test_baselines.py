@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from simulations.central.baselines import METHODS
 from simulations.central.baselines.abl import AntiBackdoorLearning
 from simulations.central.baselines.activation_clustering import ActivationClustering
 from simulations.central.baselines.base import Baseline, accuracy, over_batches
@@ -17,6 +16,7 @@ from simulations.central.baselines.dp_sgd import DpSgd
 from simulations.central.baselines.fine_pruning import FinePruning
 from simulations.central.baselines.nad import NeuralAttentionDistillation
 from simulations.central.baselines.plain import Plain
+from simulations.central.methods import METHODS
 from simulations.central.setting import Setting
 from tasks.training import train
 from tests.simulations.central.toys import network, predicted, quadrants, toy, weights
