@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from none_core.modes import evaluating
 from none_core.neurons import NeuronMap, Reader
 from none_core.refusal import Refusal
 
@@ -500,16 +501,10 @@ def build_report(
     """
     builder = ReportBuilder(spec)
     reader = reader or neuron_map.reader(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for inputs, labels in batches:
-                logits, reads = reader(inputs)
-                builder.add(reads, logits, labels)
-    finally:
-        for module, training in modes:  # one by one: a frozen part of a model stays frozen
-            module.training = training
+    with evaluating(model), torch.inference_mode():
+        for inputs, labels in batches:
+            logits, reads = reader(inputs)
+            builder.add(reads, logits, labels)
     return builder.report(min_count)
 
 

@@ -7,8 +7,7 @@ sample filter are those of the federated defence: here groups of samples stand i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +28,7 @@ from none_core.batches import Batch, in_order, unchanged
 from none_core.decision import Decision, Policy, decide
 from none_core.detection import DETECTORS, Detector
 from none_core.detection.base import FloatArray, IntArray, Recent
+from none_core.modes import evaluating
 from none_core.neurons import HOWS, NeuronMap, Reader
 from none_core.separation import Split, as_filter, separate
 from none_core.trigger_inversion import Probe, Triggers, probe_model
@@ -148,7 +148,7 @@ class Cleanser:
         self.policy = policy or Policy(budget=_BUDGET, certified_budget=_BUDGET)
         self.how, self.prepare, self.batch_size, self.seed = reset, prepare, batch_size, seed
         self.neurons = neuron_map or NeuronMap.trace(model, example_input)
-        with _evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode():
             labels = int(model(example_input).shape[1])
         self.spec = ReportSpec(self.neurons.size, labels, detector.statistics)
 
@@ -177,7 +177,7 @@ class Cleanser:
         kept = samples if kept is None else kept
         if not len(kept):
             raise ValueError("there is no sample to look at")
-        with _evaluating(model):
+        with evaluating(model):
             return self._cleansed(model, dataset, kept, np.setdiff1d(samples, kept))
 
     def _cleansed(
@@ -320,18 +320,6 @@ class _Dealt(NamedTuple):
     reports: dict[int, Report]
     apart: IntArray
     labels: frozenset[int]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Enter evaluation mode; afterwards put back the mode of each module."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Sampled:
