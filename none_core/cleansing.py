@@ -84,10 +84,10 @@ class Cleanser:
 
     1. The samples of each label are separated in the two groups that stand apart most.
     2. The samples are dealt to a few pseudo-clients. Where a label's groups stand apart further
-       than one kind of samples does, the smaller one goes to a pseudo-client of its own.
+       than one kind of samples does, the foreign one goes to a pseudo-client of its own.
     3. The detector looks at the pseudo-clients' reports as it looks at clients'. Only if it sees a
        backdoor alive in the model anything is done.
-    4. The compromised neurons are reset, as far as the budget goes, and the smaller groups dropped.
+    4. The compromised neurons are reset, as far as the budget goes, and those groups dropped.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ class Cleanser:
         *,
         detector: str | Detector = "mixture",
         policy: Policy | None = None,
-        strength: float = 8.0,
+        strength: float = 7.0,
         reset: Literal["zero", "init"] = "zero",
         neuron_map: NeuronMap | None = None,
         prepare: Callable[[Tensor], Tensor] = unchanged,
@@ -226,7 +226,7 @@ class Cleanser:
                     mine = labels.numpy() == k
                     chosen[int(k)].add(values[mine], ranks[mine])
         held = {k: sampled.values for k, sampled in chosen.items() if len(sampled.values)}
-        typical = np.sqrt(np.mean([values.var(0) for values in held.values()], axis=0))
+        typical = np.sqrt(np.median([values.var(0) for values in held.values()], axis=0))
         splits = {k: separate(values, typical) for k, values in held.items()}
         return {k: split for k, split in splits.items() if split is not None}
 
@@ -239,7 +239,7 @@ class Cleanser:
         strong: dict[int, Split],
     ) -> _Dealt:
         """Deal the samples to the pseudo-clients, and report each one's."""
-        smaller = as_filter(strong)
+        foreign = as_filter(strong)
         builders = [ReportBuilder(self.spec) for _ in range(_GROUPS)]
         apart: list[IntArray] = [np.empty(0, dtype=np.int64)]
         suspected = set(strong)
@@ -254,7 +254,7 @@ class Cleanser:
             for indices, inputs, labels in self._batches(dataset, kept):
                 logits, reads = reader(inputs)
                 values = spatial_maximum(reads).cpu().numpy()
-                away = smaller.flagged(values, labels.numpy())
+                away = foreign.flagged(values, labels.numpy())
                 apart.append(indices[away])
                 turn = turns[place : place + len(indices)]
                 place += len(indices)

@@ -13,7 +13,7 @@ gray-level histograms", IEEE SMC 1979), which finds a few among many badly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,9 @@ _STARTS = (0.02, 0.05, 0.1, 0.3)  # shares of the samples that are taken for the
 _PASSES = 5
 _FAR = 5.0  # deviations beyond which a neuron's value says no more
 _FAINT = 0.25  # of a neuron's typical deviation: no less counts as one
+_CHANCE = 6.0  # strength that one kind of samples reaches in a single one; less in more of them
+_MOTLEY = 0.2  # logarithm of a ratio of variances from which on a group varies more ...
+_ENOUGH = 20  # ... if both have so many samples
 
 Values = NDArray[np.float32]
 
@@ -39,15 +42,17 @@ class Split:
     Attributes
     ----------
     apart : ndarray of bool
-        Samples of the smaller group, (n,).
+        Samples of the group that does not belong to the label, (n,): of the smaller one, unless the
+        larger varies clearly more. What is put under one label from several classes does, and may
+        well be more than the label's own.
     strength : float
         Distance of the groups' medians on the mean of the neurons below, in multiples of the
-        groups' own deviation. Samples of one kind reach some 3 to 7, since what is measured is the
-        best split of many.
+        groups' own deviation, less what a group of so few has by chance. Samples of one kind reach
+        some 2 to 5, since what is measured is the best split of many.
     neurons : ndarray of int64
         Those that tell the groups apart best, (m,), the best first.
     sign, mean, deviation : ndarray of float32
-        Which way the smaller group differs by each of them, and the larger group's mean; (m,).
+        Which way that group differs by each of them, and the mean from which that is counted; (m,).
     threshold : float
         Mean over the neurons of ``sign * (value - mean) / deviation`` above which a sample is
         apart.
@@ -68,7 +73,7 @@ class Split:
 def separate(values: Values, typical: FloatArray) -> Split | None:
     """Find the two groups of one label's samples that stand apart most.
 
-    The samples farthest from their median are taken for the smaller group; the neurons by which it
+    The samples farthest from their median are taken for one group; the neurons by which it
     differs most give every sample a score, a threshold on the scores gives the groups anew, and so
     on until they stay the same. That from several sizes, and by two criteria; the strongest counts.
 
@@ -77,12 +82,12 @@ def separate(values: Values, typical: FloatArray) -> Split | None:
     values : ndarray of float32
         Values of the neurons, (n, J).
     typical : ndarray
-        Each neuron's ordinary deviation within a label, (J,), >= 0.
+        Each neuron's deviation within the median label, (J,), >= 0.
 
     Returns
     -------
     Split or None
-        None if there are no two groups of at least four samples; the smaller has at most half.
+        None if there are no two groups of at least four samples.
     """
     if len(values) < 2 * FEWEST:
         return None
@@ -99,11 +104,37 @@ def separate(values: Values, typical: FloatArray) -> Split | None:
             values, farthest[: max(FEWEST, int(share * len(far)))], floor, threshold
         )
     ]
-    return max(found, key=lambda split: split.strength, default=None)
+    best = max(found, key=lambda split: split.strength, default=None)
+    if best is None:
+        return None
+    if 2 * best.apart.sum() > len(values):
+        best = _turned(best)
+    return _turned(best) if _is_motley(values, ~best.apart, typical) else best
+
+
+def _is_motley(values: Values, many: NDArray[np.bool_], typical: FloatArray) -> bool:
+    """Whether a group varies more than the rest and than one label does, by the median neuron."""
+    if min(many.sum(), (~many).sum()) < _ENOUGH:
+        return False
+    floor = np.square(_FAINT * typical + 1e-6)
+    own, other = (np.log(values[group].var(0) + floor) for group in (many, ~many))
+    usual = np.log(np.square(typical) + floor)
+    return bool(min(np.median(own - other), np.median(own - usual)) > _MOTLEY)
+
+
+def _turned(split: Split) -> Split:
+    """Take the other group for the one that is apart."""
+    return replace(
+        split,
+        apart=~split.apart,
+        sign=-split.sign,
+        threshold=float(np.nextafter(np.float32(-split.threshold), np.float32(-np.inf))),
+        shift=-split.shift,
+    )
 
 
 def as_filter(splits: Mapping[int, Split]) -> SampleFilter:
-    """Make the filter that flags the smaller group of each label, by label."""
+    """Make the filter that flags the group that is apart of each label, by label."""
     labels = sorted(splits)
     found = [splits[k] for k in labels]
     number = len(found[0].neurons) if found else 0
@@ -129,7 +160,7 @@ def _settled(
     apart[start] = True
     for _ in range(_PASSES):
         split = _resplit(values, apart, floor, threshold)
-        if not FEWEST <= split.apart.sum() <= len(values) / 2:
+        if not FEWEST <= split.apart.sum() <= len(values) - FEWEST:
             return
         if (split.apart == apart).all():
             break
@@ -170,7 +201,8 @@ def _strength(scores: FloatArray, above: NDArray[np.bool_]) -> float:
         return 0.0
     few, many = scores[above], scores[~above]
     within = np.sqrt((few.var() + many.var()) / 2)
-    return float((np.median(few) - np.median(many)) / max(within, 1e-9))
+    distance = (np.median(few) - np.median(many)) / max(within, 1e-9)
+    return float(distance - _CHANCE / np.sqrt(min(len(few), len(many))))
 
 
 def _moments(ordered: FloatArray, lower: IntArray) -> tuple[FloatArray, ...]:

@@ -38,6 +38,54 @@ def test_what_was_put_there_stands_apart(few: int, many: int) -> None:
     assert set(np.flatnonzero(split.shift < -1)) == {10, 11, 12}
 
 
+def kinds(number: int, samples: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Samples of so many kinds, each with means of its own."""
+    means = rng.normal(0, 2, size=(number, NEURONS))
+    return (means[np.arange(samples) % number] + rng.normal(size=(samples, NEURONS))).astype("f4")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("foreign", "own"), [(300, 300), (310, 290), (600, 200), (380, 44)])
+def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
+    foreign: int, own: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    put = np.arange(foreign + own) < foreign
+    values = np.concatenate([kinds(9, foreign, rng), kinds(1, own, rng)])
+    values[:foreign, :12] += 8.0
+    split = separate(values, np.ones(NEURONS))
+    assert split is not None
+    assert (split.apart == put).all()
+    assert split.strength > STRONG
+    flagged = as_filter({0: split}).flagged(values, np.zeros(len(values), dtype=np.int64))
+    assert (flagged == put).all()
+    assert (split.shift[:8] > 0).all()
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(1.3, 0.6), (1.0, 0.5), (1.1, 1.1)])
+def test_a_label_that_varies_more_than_what_was_put_there_is_no_foreign_one(
+    wide: float, narrow: float
+) -> None:
+    """Against one class's samples, with the variance that labels have: the smaller group is."""
+    rng = np.random.default_rng(0)
+    put = np.arange(330) < 30
+    values = np.concatenate([narrow * kinds(1, 30, rng), wide * kinds(1, 300, rng)])
+    values[:30, :12] += 9.0
+    split = separate(values, np.full(NEURONS, 1.3))
+    assert split is not None
+    assert (split.apart == put).all()
+
+
+def test_of_a_few_samples_no_variance_is_known() -> None:
+    rng = np.random.default_rng(0)
+    few = separation._ENOUGH - 1
+    values = np.concatenate([0.1 * kinds(1, few, rng), kinds(9, 200, rng)])
+    values[:few, :12] += 9.0
+    split = separate(values, np.full(NEURONS, 0.5))
+    assert split is not None
+    assert split.apart.sum() == few
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_one_kind_of_samples_is_not_two(seed: int) -> None:
     split = separate(label(0, 400, seed)[0], TYPICAL)
