@@ -30,7 +30,7 @@ from none_core.detection import DETECTORS, Detector
 from none_core.detection.base import FloatArray, IntArray, Recent
 from none_core.modes import evaluating
 from none_core.neurons import HOWS, NeuronMap, Reader
-from none_core.separation import Split, as_filter, separate
+from none_core.separation import Split, as_filter, diversity, separate
 from none_core.trigger_inversion import Probe, Triggers, probe_model
 
 _GROUPS = 5  # pseudo-clients; samples that stand apart are the last one's
@@ -227,7 +227,13 @@ class Cleanser:
                     chosen[int(k)].add(values[mine], ranks[mine])
         held = {k: sampled.values for k, sampled in chosen.items() if len(sampled.values)}
         typical = np.sqrt(np.median([values.var(0) for values in held.values()], axis=0))
-        splits = {k: separate(values, typical) for k, values in held.items()}
+        diverse = {k: diversity(values, typical) for k, values in held.items()}
+        splits = {
+            k: separate(
+                values, typical, max((d for j, d in diverse.items() if j != k), default=0.0)
+            )
+            for k, values in held.items()
+        }
         return {k: split for k, split in splits.items() if split is not None}
 
     def _dealt(

@@ -30,7 +30,8 @@ _FAR = 5.0  # deviations beyond which a neuron's value says no more
 _FAINT = 0.25  # of a neuron's typical deviation: no less counts as one
 _CHANCE = 6.0  # strength that one kind of samples reaches in a single one; less in more of them
 _MOTLEY = 0.2  # logarithm of a ratio of variances from which on a group varies more ...
-_ENOUGH = 20  # ... if both have so many samples
+_BEYOND = 0.1  # ... and what it must be more than that of any other label ...
+_ENOUGH = 20  # ... if both groups have so many samples
 
 Values = NDArray[np.float32]
 
@@ -70,7 +71,21 @@ class Split:
     shift: FloatArray
 
 
-def separate(values: Values, typical: FloatArray) -> Split | None:
+def diversity(values: Values, typical: FloatArray) -> float:
+    """Say how much samples vary: by the median neuron, as a logarithm, 0 for the median label.
+
+    Parameters
+    ----------
+    values : ndarray of float32
+        Values of the neurons, (n, J).
+    typical : ndarray
+        Each neuron's deviation within the median label, (J,), >= 0.
+    """
+    floor = np.square(_FAINT * typical + 1e-6)
+    return float(np.median(np.log((values.var(0) + floor) / (np.square(typical) + floor))))
+
+
+def separate(values: Values, typical: FloatArray, most: float = 0.0) -> Split | None:
     """Find the two groups of one label's samples that stand apart most.
 
     The samples farthest from their median are taken for one group; the neurons by which it
@@ -83,6 +98,8 @@ def separate(values: Values, typical: FloatArray) -> Split | None:
         Values of the neurons, (n, J).
     typical : ndarray
         Each neuron's deviation within the median label, (J,), >= 0.
+    most : float
+        The `diversity` of the most diverse other label.
 
     Returns
     -------
@@ -109,17 +126,17 @@ def separate(values: Values, typical: FloatArray) -> Split | None:
         return None
     if 2 * best.apart.sum() > len(values):
         best = _turned(best)
-    return _turned(best) if _is_motley(values, ~best.apart, typical) else best
+    return _turned(best) if _is_motley(values, ~best.apart, typical, most) else best
 
 
-def _is_motley(values: Values, many: NDArray[np.bool_], typical: FloatArray) -> bool:
-    """Whether a group varies more than the rest and than one label does, by the median neuron."""
+def _is_motley(values: Values, many: NDArray[np.bool_], typical: FloatArray, most: float) -> bool:
+    """Whether a group varies clearly more than the rest, and than any label does."""
     if min(many.sum(), (~many).sum()) < _ENOUGH:
         return False
     floor = np.square(_FAINT * typical + 1e-6)
     own, other = (np.log(values[group].var(0) + floor) for group in (many, ~many))
-    usual = np.log(np.square(typical) + floor)
-    return bool(min(np.median(own - other), np.median(own - usual)) > _MOTLEY)
+    beyond = max(_MOTLEY, most + _BEYOND)
+    return bool(np.median(own - other) > _MOTLEY) and diversity(values[many], typical) > beyond
 
 
 def _turned(split: Split) -> Split:

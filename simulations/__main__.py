@@ -105,13 +105,18 @@ def table(arguments: argparse.Namespace) -> int:
     from simulations.central import report
     from simulations.central import run as central
 
-    file = arguments.file or EXPERIMENTS / f"paper-{arguments.scale}.toml"
+    name = f"paper-{arguments.scale}"
     if arguments.number == FEDERATED:
-        arguments.file = file.with_stem(f"{file.stem}-federated")
+        if arguments.device != "cpu":
+            return fail("table 7 is a matrix, which runs on the CPU", CONFIGURATION)
+        arguments.file = arguments.file or EXPERIMENTS / f"{name}-federated.toml"
         arguments.all, arguments.only = False, ""
         return matrix(arguments)
+    file = arguments.file or EXPERIMENTS / f"{name}.toml"
     progress = Console(stderr=True, quiet=arguments.quiet)
+    workers = arguments.workers or (1 if arguments.device == "cuda" else None)
     out = arguments.out or Path("results") / file.stem
+    docs = arguments.docs if arguments.file is None else out
     try:
         plan = plans.Plan(file, out, arguments.data_root, arguments.device)
         cells = plan.cells(arguments.number)
@@ -120,19 +125,19 @@ def table(arguments: argparse.Namespace) -> int:
     except config.ConfigError as error:
         return fail(str(error), CONFIGURATION)
     if arguments.list:
-        return _list_jobs([(cell.name, cell) for cell in cells], arguments.workers)
+        return _list_jobs([(cell.name, cell) for cell in cells], workers)
     failures: dict[str, str] = {}
-    workers = arguments.workers or (1 if arguments.device == "cuda" else None)
     try:
         if not arguments.report_only:
             failures = pool.run(cells, out, progress, workers, central.execute)
-        files = report.write(plan, arguments.docs)
+        _list_failures(failures, out)
+        files = report.write(plan, docs)
     except pool.BusyError as error:
         return fail(str(error), CONFIGURATION)
     except (OSError, results.ResultError) as error:
         return fail(str(error), FAILED)
     options.list_files(options.stdout(), files)
-    return _list_failures(failures, out)
+    return FAILED if failures else 0
 
 
 def _list_failures(failures: Mapping[str, str], out: Path) -> int:
@@ -200,7 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     paper = commands.add_parser("table", help="run a table of the paper", description=table.__doc__)
     paper.add_argument("number", type=int, choices=range(1, 9), metavar="N", help="1 to 8")
     paper.add_argument("--scale", choices=("small", "full"), default="small")
-    paper.add_argument("--file", type=Path, help="one's own rows (default: those of the scale)")
+    paper.add_argument(
+        "--file", type=Path, help="rows of one's own, about which is written beside their runs"
+    )
     paper.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     _add_pool_options(paper)
     paper.set_defaults(command=table)

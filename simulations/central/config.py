@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any, Literal
+import json
+from dataclasses import asdict, fields, replace
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from simulations.central.baselines.base import Baseline
 from simulations.central.methods import METHODS
-from simulations.central.setting import Method, Schedule
-from tasks import triggers
-from tasks.config import Activation, ConfigError, Dataset, Model, Section, parse
+from simulations.central.setting import Schedule
+from tasks import models, triggers
+from tasks.config import Activation, ConfigError, Dataset, Legal, Model, Section, parse
 from tasks.data import CLASSES, SHAPES
 from tasks.triggers import Stamp
 
@@ -70,7 +72,9 @@ class AttackConfig(Section):
     opacity: float = Field(0.2, ge=0, le=1, description="Of a watermark or a blended image.")
     strength: float = Field(0.5, gt=0, description="Of a warp.")
     cover_rate: float = Field(0.0, ge=0, le=1, description="Share that covers a warp.")
-    eps: float = Field(16.0, gt=0, description="Levels that a clean-label attack may change.")
+    eps: float = Field(
+        16.0, gt=0, le=255, description="Levels that a clean-label attack may change."
+    )
     steps: int = Field(100, ge=1, description="Its steps.")
 
     @property
@@ -100,7 +104,7 @@ class MethodConfig(BaseModel):
 
     name: str = "undefended"
 
-    def method(self) -> Method:
+    def method(self) -> Baseline:
         """Return the defence.
 
         Raises
@@ -120,7 +124,15 @@ class MethodConfig(BaseModel):
                     f"method.{key} is not a known key of {self.name}: expected one of "
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
-        made = replace(found, **(self.model_extra or {}))
+        types = get_type_hints(type(found))
+        given: dict[str, Any] = {}
+        for key, value in (self.model_extra or {}).items():
+            try:  # as JSON, whose lists may become tuples
+                given[key] = TypeAdapter(types[key]).validate_json(json.dumps(value), strict=True)
+            except ValidationError as error:
+                message = error.errors(include_url=False)[0]["msg"]
+                raise ConfigError(f"method.{key} = {value!r} is not legal: {message}") from None
+        made = replace(found, **given)
         try:
             made.validate()
         except ValueError as error:
@@ -132,9 +144,10 @@ class MeasureConfig(Section):
     """``[measure]``: whether triggers are looked for in the trained network, and how hard."""
 
     reasr: bool = Field(False, description="Measure REASR, by the size of the trigger.")
-    sizes: list[float] = Field(
-        [0.02, 0.04, 0.06, 0.08, 0.1, 0.12], description="Shares of an image."
-    )
+    sizes: Annotated[
+        list[Annotated[float, Field(gt=0, le=1)]],
+        Legal("a list of numbers > 0 and <= 1"),
+    ] = Field([0.02, 0.04, 0.06, 0.08, 0.1, 0.12], min_length=1, description="Shares of an image.")
     steps: int = Field(400, ge=2, description="Steps of the search.")
     batch_size: int = Field(32, ge=1, description="Images in each of them.")
 
@@ -167,6 +180,11 @@ class Run(BaseModel):
         """How it is trained."""
         return Schedule(**self.train.model_dump())
 
+    def identity(self) -> dict[str, Any]:
+        """Return all that makes the run what it is, with every setting of the method."""
+        settings = {"name": self.method.name, **asdict(self.method.method())}
+        return self.model_dump(mode="json") | {"method": settings}
+
 
 def build(document: dict[str, Any], seed: int) -> Run:
     """Make a run of its sections, as TOML gives them.
@@ -192,11 +210,32 @@ def build(document: dict[str, Any], seed: int) -> Run:
                 f"attack.{key} = {getattr(run.attack, key)} is not legal: expected a whole number "
                 f">= 0 and < {classes} (the classes of {run.task.dataset})"
             )
-    if run.attack.name == "hidden-trigger" and run.model.features is None:
-        raise ConfigError("model.features is needed by the attack hidden-trigger")
+    if run.attack.name == "hidden-trigger":
+        _check_hidden_trigger(run)
+    if run.attack.cover_rate and run.attack.trigger != "warp":
+        raise ConfigError(
+            f"attack.cover_rate = {run.attack.cover_rate} is not legal: expected 0 "
+            f"(only a warp is covered, attack.trigger = {run.attack.trigger})"
+        )
     run.method.method()
     try:
         run.attack.stamp.check(SHAPES[run.task.dataset])
     except ValueError as error:
         raise ConfigError(f"attack.trigger is not legal for {run.task.dataset}: {error}") from None
     return run
+
+
+def _check_hidden_trigger(run: Run) -> None:
+    """Refuse what the attack on transfer learning cannot do."""
+    if run.attack.source == run.attack.target:
+        raise ConfigError(
+            f"attack.source = {run.attack.source} is not legal: expected another than attack.target"
+        )
+    name = run.task.dataset
+    model = models.build(run.model.name, SHAPES[name], CLASSES[name], seed=0)
+    names = [each for each, _ in model.named_modules() if each]
+    if run.model.features not in names:
+        raise ConfigError(
+            f"model.features = {run.model.features} is not legal for the attack hidden-trigger: "
+            f"expected one of {', '.join(names)}"
+        )

@@ -191,13 +191,20 @@ class Plan:
         ConfigError
             Of the first that cannot be run, with its place.
         """
-        found = (
+        found = [
             self.cell(row, method, seed)
             for block in self.blocks(table)
             for row in self.rows(block)
             for method in self.methods(block)
             for seed in block.seeds or self.file.seeds
-        )
+        ]
+        shows = self.file.tables[str(table)].shows if found else ""
+        for cell in found:
+            where = f"{self.path}, {cell.row}: table {table} needs"
+            if shows in ("scores", "filter") and cell.run.attack.name == "none":
+                raise ConfigError(f"{where} an attack")
+            if shows == "reasr" and not cell.run.measure.reasr:
+                raise ConfigError(f"{where} measure.reasr = true")
         return list({cell.folder: cell for cell in found}.values())
 
     def rows(self, block: Block) -> Iterator[Row]:
@@ -223,7 +230,7 @@ class Plan:
                 row,
                 method,
                 run,
-                (self._out / _folder(run)).absolute(),
+                (self._out / _folder(run, self._device)).absolute(),
                 self._data_root,
                 self._device,
             )
@@ -239,9 +246,9 @@ class Plan:
             raise ConfigError(f"{self.path}, {row}: {method}: {error}") from None
 
 
-def _folder(run: Run) -> str:
+def _folder(run: Run, device: str) -> str:
     """Name the folder of a run: by what it is about, and a digest of everything that it reads."""
-    what = run.model_dump(mode="json")
+    what = {**run.identity(), "device": device}
     words = [run.task.dataset, run.model.name, run.attack.name, run.method.name, f"s{run.seed}"]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
     return "-".join([*words, digest])
@@ -265,9 +272,24 @@ def _validated(path: Path) -> File:
                         f"{path}: {axis}s of [[rows]] {number}: {name} is not known: expected one "
                         f"of {', '.join(known)}"
                     )
+        _check_methods(f"{path}: [[rows]] {number}", block, file)
         for table in block.tables:
             if str(table) not in file.tables:
                 raise ConfigError(
                     f"{path}: [[rows]] {number} names table {table}, which is not there"
                 )
     return file
+
+
+def _check_methods(where: str, block: Block, file: File) -> None:
+    """Refuse bars, and tables, that are about methods which the rows do not have."""
+    methods = list(file.methods) if block.methods == "all" else block.methods or []
+    shown = [file.tables[str(n)].shows for n in block.tables if str(n) in file.tables]
+    needed = {"none"} if "filter" in shown else set()
+    for bar in block.bars:
+        needed |= {"undefended"} if bar == "undefended_asr_min" else {"none"}
+        needed |= {"undefended"} if bar == "ba_lost_max" else set()
+        if "best" in bar and not set(methods) - {"none", "undefended"}:
+            raise ConfigError(f"{where}: the bar {bar} needs another method to compare with")
+    if missing := sorted(needed - set(methods)):
+        raise ConfigError(f'{where} needs the method "{missing[0]}", for its bars or its tables')

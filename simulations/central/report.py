@@ -37,10 +37,13 @@ def write(plan: Plan, docs: Path) -> list[Path]:
     Raises
     ------
     ResultError
-        When a finished run cannot be read.
+        When a finished run cannot be read, or none is finished.
     """
-    docs.mkdir(parents=True, exist_ok=True)
     found = _Found(plan)
+    cells = [cell for number in plan.tables for cell in plan.cells(number)]
+    if all(found.measured(cell) is None for cell in cells):
+        raise results.ResultError("no run is finished, so there is nothing to write about")
+    docs.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(["\n".join(_head(plan)), *_missed(found), *_tables(found)])
     return [
         results.write_text(docs / f"{plan.path.stem}.md", text + "\n"),
@@ -81,8 +84,9 @@ def _head(plan: Plan) -> Iterator[str]:
     yield (
         "BA is the share of test images that are classified correctly. ASR is the share of stamped "
         "test images, of those that the attacker wants anything of, that are given the answer "
-        "that the attacker wants. Both in percent, means over the seeds (here "
-        f"{', '.join(map(str, plan.file.seeds))}), with the worst in brackets if there are several."
+        "that the attacker wants. Both in percent: means over the seeds "
+        f"({', '.join(map(str, plan.file.seeds))}) that are finished, with the worst and their "
+        "number in brackets if there are several."
     )
 
 
@@ -91,24 +95,26 @@ def _head(plan: Plan) -> Iterator[str]:
 
 def _missed(found: _Found) -> Iterator[str]:
     """Yield the bars that a run does not keep."""
-    lines, kept = [], 0
+    lines, kept, unjudged = [], 0, 0
     for block in found.plan.file.rows:
+        seeds = block.seeds or found.plan.file.seeds
         for row in found.plan.rows(block):
             for name, bound in block.bars.items():
                 values = _VALUES[name](found, block, row)
-                if not values:
-                    continue
-                worst = min(values) if name.endswith("_min") else max(values)
-                if worst >= bound if name.endswith("_min") else worst <= bound:
+                broken = [v for v in values if (v < bound if name.endswith("_min") else v > bound)]
+                if broken:
+                    worst = min(broken) if name.endswith("_min") else max(broken)
+                    tables = ", ".join(map(str, block.tables))
+                    label = name.rpartition("_")[0].replace("_", " ")
+                    cells = (tables, str(row), label, f"{worst:.2f}", _bound(name, bound))
+                    lines.append(f"| {' | '.join(cells)} |")
+                elif len(values) == len(seeds):
                     kept += 1
-                    continue
-                tables = ", ".join(map(str, block.tables))
-                label = name.rpartition("_")[0].replace("_", " ")
-                lines.append(
-                    f"| {tables} | {row} | {label} | {worst:.2f} | {_bound(name, bound)} |"
-                )
-    yield f"## Bars\n\n{kept} are kept in every run; {len(lines)} are missed by at least one" + (
-        ":" if lines else "."
+                else:
+                    unjudged += 1
+    yield (
+        f"## Bars\n\n{kept} are kept in every run, {len(lines)} are missed by at least one, and "
+        f"for {unjudged} a run is not finished."
     )
     if lines:
         yield "\n".join(["| table | row | what | worst | bar |", "|---|---|---|---|---|", *lines])
@@ -119,15 +125,14 @@ def _bound(name: str, bound: float) -> str:
 
 
 def _by_seed(
-    found: _Found, block: Block, row: Row, measure: Callable[..., float | None], *methods: str
+    found: _Found, block: Block, row: Row, measure: Callable[..., float], *methods: str
 ) -> list[float]:
     """Apply a measure to what some methods measured, seed by seed, where all are finished."""
     values = []
     for seed in block.seeds or found.plan.file.seeds:
         each = [found.measured(found.plan.cell(row, method, seed)) for method in methods]
         if all(measured is not None for measured in each):
-            value = measure(*each)
-            values += [] if value is None else [100 * value]
+            values.append(100 * measure(*each))
     return values
 
 
@@ -152,7 +157,9 @@ _VALUES: dict[str, Callable[[_Found, Block, Row], list[float]]] = {
     "precision_min": lambda f, b, r: _by_seed(
         f, b, r, lambda ours: ours["filter"]["precision"] or 0.0, "none"
     ),
-    "recall_min": lambda f, b, r: _by_seed(f, b, r, lambda o: o["filter"]["recall"], "none"),
+    "recall_min": lambda f, b, r: _by_seed(
+        f, b, r, lambda ours: ours["filter"]["recall"] or 0.0, "none"
+    ),
     "asr_above_best_max": lambda f, b, r: _by_seed(
         *(f, b, r, lambda ours, *others: _asr(ours) - min(map(_asr, others))),
         *("none", *_peers(f, b)),
@@ -246,7 +253,7 @@ def _spread(shares: Sequence[float], worst: Callable[[Sequence[float]], float]) 
     if not shares:
         return NOT_RUN
     text = f"{100 * mean(shares):.2f}"
-    return text if len(shares) == 1 else f"{text} ({100 * worst(shares):.2f})"
+    return text if len(shares) == 1 else f"{text} ({100 * worst(shares):.2f}, n = {len(shares)})"
 
 
 def _csv(found: _Found) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simulations import results
-from simulations.central.baselines.base import undefended
+from simulations.central.baselines.base import repeatable, undefended
 from simulations.central.config import Run
 from simulations.central.setting import Setting
 from tasks import data, models
@@ -74,12 +75,24 @@ def measure(
     """
     loaded = _loaded(run, data_root)
     setting = _clean(run, loaded, device)
+    with repeatable(setting):
+        return _measured(run, loaded, setting, device)
+
+
+def _measured(
+    run: Run, loaded: Data, setting: Setting, device: str
+) -> tuple[dict[str, Any], float]:
     base = undefended(setting).eval() if run.attack.name in _KNOWING else None
     attack = _attack(run, base, loaded)
     poisoned = _poisoned(attack, setting)
     setting = replace(setting, images=poisoned.images, labels=poisoned.labels)
     if run.attack.name == "hidden-trigger":
-        setting = replace(setting, model_fn=lambda: _new_head(base, run))
+        assert base is not None
+        assert run.model.features is not None
+        features = run.model.features
+        setting = replace(
+            setting, model_fn=lambda: OnFixedFeatures(base, features, run.seed).to(device)
+        )
     began = time.perf_counter()
     outcome = run.method.method()(setting)
     seconds = time.perf_counter() - began
@@ -95,7 +108,8 @@ def measure(
         )
         scores |= {"asr": success.asr, "recovered": success.recovered}
     result = {
-        "configuration": run.model_dump(mode="json"),
+        "configuration": run.identity(),
+        "data": _fingerprint(loaded),
         "final": scores,
         "filter": filtered(poisoned.indices, outcome.dropped),
         "looks": list(outcome.looks),
@@ -144,6 +158,18 @@ def _loaded(run: Run, data_root: Path | None) -> Data:
         test_images=test[0],
         test_labels=test[1],
     )
+
+
+def _fingerprint(loaded: Data) -> dict[str, Any]:
+    """Say which images they were: a data set's files may hold more or fewer."""
+    digest = hashlib.sha256()
+    for tensor in (loaded.train_images, loaded.train_labels, loaded.test_images):
+        digest.update(tensor.numpy().tobytes())
+    return {
+        "train": len(loaded.train_images),
+        "test": len(loaded.test_images),
+        "digest": digest.hexdigest()[:16],
+    }
 
 
 def _clean(run: Run, loaded: Data, device: str) -> Setting:
@@ -211,37 +237,59 @@ def _poisoned(attack: Attack | None, setting: Setting) -> Poisoned:
     return attack.poison(setting.images, setting.labels, setting.generator(POISON))
 
 
-def _new_head(base: nn.Module | None, run: Run) -> nn.Module:
-    """Copy a trained network; the layers behind its features begin anew, the others are fixed."""
-    assert base is not None
-    model = deepcopy(base)
-    names = [name for name, _ in model.named_modules()]
-    behind = False
-    with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
-        for name in names:
-            module = model.get_submodule(name)
-            if behind and isinstance(module, nn.Linear | nn.Conv2d):
-                module.reset_parameters()
-            elif not behind:
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(False)
-            behind = behind or name == run.model.features
-    return model
+class OnFixedFeatures(nn.Module):
+    """A copy of a trained network whose last layers begin anew, and whose others stay as they are.
+
+    Parameters
+    ----------
+    base : nn.Module
+    features : str
+        Name of the module behind which layers learn.
+    seed : int
+        Of their fresh weights.
+    """
+
+    def __init__(self, base: nn.Module, features: str, seed: int) -> None:
+        super().__init__()
+        self.model = deepcopy(base)
+        named = [(name, module) for name, module in self.model.named_modules() if name]
+        place = [name for name, _ in named].index(features) + 1
+        self._fixed = [module for _, module in named[:place]]
+        for module in self._fixed:
+            module.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for _, module in named[place:]:
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.reset_parameters()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.model(inputs)
+        return logits
+
+    def train(self, mode: bool = True) -> OnFixedFeatures:
+        """Set the mode of what learns; what is fixed stays in evaluation mode."""
+        super().train(mode)
+        for module in self._fixed:
+            module.eval()
+        return self
 
 
 def _natural(run: Run, model: nn.Module, setting: Setting, loaded: Data) -> Mapping[str, Any]:
     if not run.measure.reasr:
         return {}
-    half = len(loaded.test_images) // 2
+    generator = setting.generator(SEARCH)
+    # At random: the images may come class by class.
+    search, score = torch.randperm(len(loaded.test_images), generator=generator).chunk(2)
     found = reasr(
         model,
-        loaded.test_images[:half],
-        loaded.test_labels[:half],
-        loaded.test_images[half:],
-        loaded.test_labels[half:],
+        loaded.test_images[search],
+        loaded.test_labels[search],
+        loaded.test_images[score],
+        loaded.test_labels[score],
         range(len(loaded.classes)),
-        setting.generator(SEARCH),
+        generator,
         run.measure.sizes,
         Search(steps=run.measure.steps, batch_size=run.measure.batch_size),
     )

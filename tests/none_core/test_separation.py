@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from none_core import separation
-from none_core.separation import Split, as_filter, separate
+from none_core.separation import Split, as_filter, diversity, separate
 
 NEURONS = 60
 STRONG = 7.0  # what the cleanser takes for two kinds
@@ -62,16 +62,17 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
     assert (split.shift[:8] > 0).all()
 
 
-@pytest.mark.parametrize(("wide", "narrow"), [(1.3, 0.6), (1.0, 0.5), (1.1, 1.1)])
+@pytest.mark.parametrize(("wide", "narrow"), [(1.3, 0.6), (1.0, 0.5), (1.5, 1.0), (1.6, 1.2)])
 def test_a_label_that_varies_more_than_what_was_put_there_is_no_foreign_one(
     wide: float, narrow: float
 ) -> None:
-    """Against one class's samples, with the variance that labels have: the smaller group is."""
+    """Of one class's samples the smaller group is foreign, where other labels vary as much."""
     rng = np.random.default_rng(0)
     put = np.arange(330) < 30
     values = np.concatenate([narrow * kinds(1, 30, rng), wide * kinds(1, 300, rng)])
     values[:30, :12] += 9.0
-    split = separate(values, np.full(NEURONS, 1.3))
+    most = diversity((wide * kinds(1, 300, rng)), np.full(NEURONS, 1.3))
+    split = separate(values, np.full(NEURONS, 1.3), most)
     assert split is not None
     assert (split.apart == put).all()
 

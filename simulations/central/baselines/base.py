@@ -14,7 +14,7 @@ from simulations.central.setting import Outcome, Schedule, Setting
 from tasks.models import as_input
 from tasks.training import batches, train
 
-# Streams of the setting's seed. All methods that begin with ordinary training begin with the same.
+# Streams of the setting's seed. All that begin with ordinary training here begin with the same one.
 TRAINING, REPAIR, NOISE, CLUSTERING, LAYERS = range(5)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of inputs (n, C, H, W) and labels (n,); a scalar

@@ -136,11 +136,36 @@ def test_dearer_methods_are_expected_to_take_longer(write: Any) -> None:
         ),
         (HEAD, ROWS.replace("asr_max", "asr_most"), "rows.0.bars"),
         (HEAD.replace("[base]", "[bass]"), ROWS, "bass is not legal"),
+        (HEAD, ROWS.replace('"all"', '["AC", "none"]'), r'1 needs the method "undefended", for'),
+        (HEAD, ROWS.replace('"all"', '["undefended", "none"]'), "needs another method to compare"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(write: Any, head: str, rows: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         Plan(write(rows, head), Path("results"))
+
+
+def test_what_a_table_cannot_show_is_refused_before_anything_is_run(write: Any) -> None:
+    with pytest.raises(ConfigError, match=r"signs, cnn, nobody: table 1 needs an attack"):
+        Plan(write(ROWS.replace("[2, 3]", "[1]")), Path("results")).cells(1)
+    with pytest.raises(ConfigError, match=r"table 2 needs measure.reasr = true"):
+        Plan(write(ROWS.replace("[1, 8]", "[2]")), Path("results")).cells(2)
+
+
+def test_the_device_and_every_setting_of_the_method_make_the_folder(write: Any) -> None:
+    first = Plan(write(), Path("results")).cells(1)
+    other = Plan(write(), Path("results"), device="cuda").cells(1)
+    assert not {cell.folder for cell in first} & {cell.folder for cell in other}
+    settings = first[-1].run.identity()["method"]
+    assert settings["retrain_rate"] == 0.04
+    said = HEAD.replace('method.name = "none"', 'method = { name = "none", retrain_rate = 0.04 }')
+    assert Plan(write(head=said), Path("results")).cells(1)[-1].folder == first[-1].folder
+
+
+def test_nothing_is_written_about_nothing(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(results.ResultError, match="no run is finished"):
+        report.write(Plan(write(), tmp_path / "results"), tmp_path / "docs")
+    assert not (tmp_path / "docs").exists()
 
 
 def test_a_run_that_is_not_legal_is_named(write: Any) -> None:
@@ -171,11 +196,13 @@ def test_the_page_has_the_means_the_worst_and_the_bars_that_are_missed(
     page, table = report.write(plan, tmp_path / "docs")
 
     text = page.read_text()
-    assert "3 are kept in every run; 4 are missed by at least one:" in text
+    assert (
+        "## Bars\n\n0 are kept in every run, 4 are missed by at least one, and for 3 a run" in text
+    )
     assert "| 1, 8 | signs, cnn, badnets | undefended asr | 94.00 | >= 95 |" in text
     assert "| 1, 8 | signs, cnn, badnets | ba below best | 1.50 | <= 1 |" in text
-    assert "| signs, cnn, badnets | 90.00 (90.00) / 96.50 (99.00) |" in text
-    assert "| 91.00 (91.00) / 5.00 (5.00) | 89.50 / 1.00 |" in text
+    assert "| signs, cnn, badnets | 90.00 (90.00, n = 2) / 96.50 (99.00, n = 2) |" in text
+    assert "| 91.00 (91.00, n = 2) / 5.00 (5.00, n = 2) | 89.50 / 1.00 |" in text
     assert "| signs, cnn, badnets | 10 | 10 | 90.00 | 90.00 |" in text
     assert "A note." in text
     assert "not run" in text
@@ -195,10 +222,10 @@ def test_a_table_is_run_written_and_not_run_again(
     assert main(command) == 0
     out = Path("results/paper")
     first = {p.name: p.read_bytes() for p in out.glob("*/result.json")}
-    text = Path("docs/paper.md").read_text()
+    text = (out / "paper.md").read_text()
     assert "| signs, cnn, nobody | undefended | " in text
     assert "10%: " in text
-    lines = list(csv.DictReader(Path("docs/paper.csv").read_text().splitlines()))
+    lines = list(csv.DictReader((out / "paper.csv").read_text().splitlines()))
     assert [line["asr"] for line in lines] == ["", ""]
     times = {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")}
     assert main(command) == 0
@@ -213,6 +240,13 @@ def test_a_run_without_its_data_fails_and_says_so(
     head = HEAD.replace('task.dataset = "signs"', 'task.dataset = "gtsrb"')
     assert main(["table", "3", "--file", str(write(head=head)), "--quiet"]) == 1
     assert 'data set "gtsrb" is read from a data folder: pass one with' in capfd.readouterr().err
+
+
+def test_the_federated_table_is_a_matrix_on_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", "7", "--list"]) == 0
+    assert "mnist/iid/dba/honest/4/NONE/s10" in capfd.readouterr().out
+    assert main(["table", "7", "--device", "cuda"]) == 2
+    assert "table 7 is a matrix, which runs on the CPU" in capfd.readouterr().err
 
 
 def test_a_table_without_rows_is_refused(write: Any, capfd: pytest.CaptureFixture[str]) -> None:
