@@ -9,12 +9,13 @@ try: an hour in all.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 VICTIM = "participant-0"
 CUT_SECONDS = 25
+CLIENTS, ROUNDS = 3, 3
+# What each logs when it begins.
+STARTED = {VICTIM: "Starting Flower SuperNode", "superlink": "Starting Flower SuperLink"}
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Running:
     processes: Processes
     victim: Callable[[], str]
     """The victim's log so far."""
+    killed: list[str] = field(default_factory=list)
 
     def when(self, line: str, times: int = 1) -> None:
         """Wait until the victim has logged something so many times."""
@@ -49,6 +54,7 @@ class Running:
     def kill(self, name: str) -> None:
         """End a process and all that belongs to it, without warning."""
         os.killpg(self.processes.process_id(name), signal.SIGKILL)
+        self.killed.append(name)
 
     @contextmanager
     def frozen(self, name: str) -> Iterator[None]:
@@ -105,7 +111,12 @@ FAULTS: dict[str, Callable[[Running], None]] = {
 def experiment(seed: int, output: Path) -> Experiment:
     return config.build(
         {
-            "experiment": {"name": "faults", "rounds": 3, "clients": 3, "seed": seed},
+            "experiment": {
+                "name": "faults",
+                "rounds": ROUNDS,
+                "clients": CLIENTS,
+                "seed": seed,
+            },
             "train": {"local_epochs": 1},
             "attack": {"name": "dba", "malicious": 1},
             "defense": {"timeout": 300.0},
@@ -117,16 +128,19 @@ def experiment(seed: int, output: Path) -> Experiment:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_run_survives(tmp_path: Path, fault: str) -> None:
     with tried(fault) as row:
-        seconds = [run_with(FAULTS[fault], tmp_path / str(seed), seed) for seed in SEEDS]
+        ended = [run_with(FAULTS[fault], tmp_path / str(seed), seed) for seed in SEEDS]
+        seconds = [seconds for seconds, _ in ended]
+        missing = sum(CLIENTS - replies for _, each in ended for replies in each)
         row += [
-            f"{len(SEEDS)} seeds, once each, in a deployment of processes",
-            "all 3 rounds complete, with an intact audit trail; the run takes "
-            f"{min(seconds):.0f} to {max(seconds):.0f} s",
+            f"{len(SEEDS)} seeds, once each, in a deployment of {CLIENTS} processes",
+            f"all {ROUNDS} rounds complete, with an intact audit trail; "
+            f"{missing} of {len(SEEDS) * ROUNDS * CLIENTS} models are missing in them; "
+            f"the run takes {min(seconds):.0f} to {max(seconds):.0f} s",
         ]
 
 
-def run_with(fault: Callable[[Running], None], place: Path, seed: int) -> float:
-    """Seconds that a run took in which the fault happened."""
+def run_with(fault: Callable[[Running], None], place: Path, seed: int) -> tuple[float, list[int]]:
+    """Seconds that a run took in which the fault happened, and the models that each round had."""
     output = place / "out"
     (place / "logs").mkdir(parents=True)
     output.mkdir()
@@ -153,7 +167,14 @@ def run_with(fault: Callable[[Running], None], place: Path, seed: int) -> float:
 
     assert not thread.is_alive(), "the fault never happened"
     rounds = results.read(output, results.HISTORY)["rounds"]
-    assert [entry["round"] for entry in rounds] == [0, 1, 2, 3]
+    assert [entry["round"] for entry in rounds] == list(range(ROUNDS + 1))
     assert rounds[-1]["ba"] > 0.5
     assert audit.verify(output / "audit.jsonl").status == audit.INTACT
-    return seconds
+    replies = re.findall(
+        r"aggregate_train: Received (\d+) results", (place / "run.log").read_text()
+    )
+    assert len(replies) == ROUNDS
+    assert min(map(int, replies)) >= CLIENTS - 1, "somebody else's model was lost as well"
+    for name in running.killed:
+        assert processes.log(name).read_text().count(STARTED[name]) > 1, f"{name} did not come back"
+    return seconds, list(map(int, replies))
