@@ -177,4 +177,4 @@ def run_with(fault: Callable[[Running], None], place: Path, seed: int) -> tuple[
     assert min(map(int, replies)) >= CLIENTS - 1, "somebody else's model was lost as well"
     for name in running.killed:
         assert processes.log(name).read_text().count(STARTED[name]) > 1, f"{name} did not come back"
-    return seconds, list(map(int, replies))
+    return seconds, replies
