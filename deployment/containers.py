@@ -68,6 +68,20 @@ class Compose:
         if result.returncode:
             raise FlowerError(f"`docker-compose {' '.join(words)}` exited with {result.returncode}")
 
+    def build(self, service: str) -> None:
+        """Build a service's image with BuildKit, or without it where its component is not there.
+
+        Raises
+        ------
+        FlowerError
+            When neither succeeds.
+        """
+        try:
+            self("build", service)
+        except FlowerError:
+            self._environment["DOCKER_BUILDKIT"] = "0"
+            self("build", service)
+
 
 def run_in_containers(experiment: Experiment, log: Path, console: Console) -> None:
     """Run an experiment's apps between containers, all of which are removed afterwards.
@@ -114,7 +128,7 @@ def run_in_containers(experiment: Experiment, log: Path, console: Console) -> No
             profile = "honest" if experiment.attack.name == "none" else "attack"
             compose = Compose(variables, profile, containers)
             say("keys, certificates and the shares of the data written; building the image")
-            compose("build", SERVERS[0])
+            compose.build(SERVERS[0])
             try:
                 compose("up", "--detach", *SERVERS)
                 _wait_for_superlink(port, site.authority)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployment.containers import ATTACKERS, INSIDE, PARTICIPANTS
+from deployment.containers import ATTACKERS, INSIDE, PARTICIPANTS, Compose
+from simulations.engines.commands import FlowerError
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -169,3 +170,30 @@ def test_the_image_holds_what_the_apps_import() -> None:
     held = pins("docker/requirements.lock").keys() | pins("docker/torch.lock").keys()
     # Torch imports these if they happen to be there, and Python 3.11 brings setuptools along.
     assert imported - held - {"none-defense"} <= {"opt-einsum", "setuptools"}
+
+
+@pytest.mark.parametrize(("works_with", "asked"), [("1", "1"), ("0", "10"), ("never", "10")])
+def test_an_image_is_built_without_buildkit_where_that_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works_with: str, asked: str
+) -> None:
+    program = tmp_path / "docker-compose"
+    program.write_text(
+        f'#!/bin/sh\nprintf %s "$DOCKER_BUILDKIT" >> {tmp_path}/asked\n'
+        f'echo "$@" >> {tmp_path}/words\ntest "$DOCKER_BUILDKIT" = {works_with}\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with (tmp_path / "log").open("wb") as log:
+        compose = Compose({}, "honest", log)
+        if works_with == "never":
+            with pytest.raises(FlowerError, match="`docker-compose build superlink` exited with 1"):
+                compose.build("superlink")
+        else:
+            compose.build("superlink")
+    assert (tmp_path / "asked").read_text() == asked
+    assert (
+        (tmp_path / "words")
+        .read_text()
+        .splitlines()[0]
+        .endswith("--profile honest build superlink")
+    )
