@@ -21,9 +21,12 @@ def tried(fault: str) -> Iterator[list[str]]:
     A block that fails leaves the table without a row for this fault; other rows stay.
     """
     cells: list[str] = []
-    _write(fault, None)
-    yield cells
-    what, outcome = cells
+    try:
+        yield cells
+        what, outcome = cells
+    except BaseException:
+        _write(fault, None)
+        raise
     _write(fault, (what, outcome))
 
 

@@ -417,8 +417,8 @@ def test_500_rounds_take_no_more_memory_than_100(
     seen: dict[int, tuple[int, int, int]] = {}
     real, real_load = server.app.Run.released, data.load
 
-    def few(*args: Any) -> data.Data:
-        loaded = real_load(*args)
+    def few(*args: Any, **options: Any) -> data.Data:
+        loaded = real_load(*args, **options)
         return dataclasses.replace(
             loaded, test_images=loaded.test_images[::20], test_labels=loaded.test_labels[::20]
         )
