@@ -7,7 +7,7 @@ sample filter are those of the federated defence: here groups of samples stand i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +39,7 @@ _PROBED = 512  # samples that each looks at ...
 _STEPS, _IMAGES = 60, 16  # ... in so many steps of so many a class
 _BUDGET = 0.1  # of a layer
 _DEAD = 0.05  # of the dropped samples: if no more get their labels, the backdoor is gone
+_NEARLY_ALL = 0.95  # of the samples
 _MEMORY = 1 << 28  # bytes for the values of the samples that are compared
 
 
@@ -311,6 +312,22 @@ class Cleanser:
 
     def _batches(self, dataset: Dataset[Any], indices: IntArray) -> Iterable[Batch]:
         return in_order(dataset, indices, self.batch_size, self.prepare)
+
+
+def _most(diverse: Sequence[tuple[float, int]]) -> float:
+    """Return the diversity that labels with nearly all samples keep within; few tell little.
+
+    Parameters
+    ----------
+    diverse : sequence of (float, int)
+        Each label's diversity and number of samples.
+    """
+    held, everybody = 0, sum(number for _, number in diverse)
+    for value, number in sorted(diverse):
+        held += number
+        if held >= _NEARLY_ALL * everybody:
+            return max(0.0, value)
+    return 0.0
 
 
 def _obeyed(report: Report, labels: Collection[int]) -> float:

@@ -192,3 +192,10 @@ def test_a_loop_of_ones_own_looks_until_there_is_nothing_left(
     right, turned = task.scores(model)
     assert right > 0.95
     assert turned < 0.05
+
+
+def test_how_diverse_labels_are_is_said_by_those_with_nearly_all_samples() -> None:
+    assert cleansing._most([(0.1, 50), (0.3, 50), (0.2, 50)]) == 0.3
+    assert cleansing._most([(0.1, 500), (0.9, 10), (0.2, 500)]) == 0.2
+    assert cleansing._most([(-0.2, 5), (-0.1, 5)]) == 0.0
+    assert cleansing._most([]) == 0.0
