@@ -99,7 +99,7 @@ def separate(values: Values, typical: FloatArray, most: float = 0.0) -> Split | 
     typical : ndarray
         Each neuron's deviation within the median label, (J,), >= 0.
     most : float
-        The `diversity` of the most diverse other label.
+        The `diversity` that the other labels keep within.
 
     Returns
     -------
