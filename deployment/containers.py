@@ -14,6 +14,8 @@ from rich.console import Console
 
 from deployment import folder
 from deployment.control import Operator
+from deployment.memory import MemoryWatch
+from simulations import results
 from simulations.config import ConfigError, Experiment
 from simulations.engines.commands import FlowerError, free_port, healthy, last_exception
 from simulations.engines.flower import CHECKOUT
@@ -91,7 +93,8 @@ def run_in_containers(experiment: Experiment, log: Path, console: Console) -> No
     experiment : Experiment
         With ten clients, none or four of them malicious.
     log : Path
-        Where the ServerApp logs go; the containers' go to ``containers.log`` beside it.
+        Where the ServerApp logs go; the containers' go to ``containers.log`` beside it, and what
+        memory they used to ``memory.json``.
     console : Console
         Is told how far the deployment is.
 
@@ -141,8 +144,10 @@ def run_in_containers(experiment: Experiment, log: Path, console: Console) -> No
                 compose("up", "--detach")
                 operator.wait_for(nodes, lambda: None, ONLINE_SECONDS)
                 say(f"{len(nodes)} SuperNodes online")
-                operator.run(_inside(experiment), Path(INSIDE[1]), lambda: None)
-                say("run completed")
+                with MemoryWatch(variables["COMPOSE_PROJECT_NAME"]) as watch:
+                    operator.run(_inside(experiment), Path(INSIDE[1]), lambda: None)
+                results.write(log.parent, watch.peaks(), results.MEMORY)
+                say(f"run completed; {_memory(watch)}")
             finally:
                 compose("logs", "--no-color")
                 compose("down", "--volumes")
@@ -179,6 +184,12 @@ def owner_of(*folders: Path) -> str:
 def _inside(experiment: Experiment) -> Experiment:
     run = experiment.run.model_copy(update={"output": INSIDE[2]})
     return experiment.model_copy(update={"run": run})
+
+
+def _memory(watch: MemoryWatch) -> str:
+    if not watch.samples:
+        return "what memory the containers used could not be read"
+    return f"all containers together used at most {watch.together / 1e6:,.0f} MB"
 
 
 def _wait_for_superlink(port: int, authority: Path) -> None:

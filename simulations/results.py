@@ -18,6 +18,7 @@ from typing import Any
 HISTORY = "history.json"
 RESULT = "result.json"
 TIMING = "timing.json"
+MEMORY = "memory.json"  # of a deployment in containers: what they used at most
 LAST = 5  # rounds that the worst case is taken over
 SCORES = ("ba", "asr", "recovered")
 

@@ -27,6 +27,7 @@ NODES = "nodes"  # ... and what the participants of the in-process engine keep
 # All that a run writes, so that no file of an earlier run in the same folder is taken for its own.
 ARTEFACTS = (
     *(LOG, progress.FILE, results.HISTORY, results.RESULT, results.TIMING, report.FILE),
+    results.MEMORY,
     *("model.pt", "evidence.npz", "evidence_model.pt", "audit.jsonl", "audit.pub"),
     *("checkpoints", "undo", plots.FOLDER),
     *(SNAPSHOT, NODES),
