@@ -7,7 +7,7 @@ sample filter are those of the federated defence: here groups of samples stand i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from none_core.detection import DETECTORS, Detector
 from none_core.detection.base import FloatArray, IntArray, Recent
 from none_core.modes import evaluating
 from none_core.neurons import HOWS, NeuronMap, Reader
-from none_core.separation import Split, as_filter, diversity, separate
+from none_core.separation import Split, as_filter, separate
 from none_core.trigger_inversion import Probe, Triggers, probe_model
 
 _GROUPS = 5  # pseudo-clients; samples that stand apart are the last one's
@@ -39,7 +39,6 @@ _PROBED = 512  # samples that each looks at ...
 _STEPS, _IMAGES = 60, 16  # ... in so many steps of so many a class
 _BUDGET = 0.1  # of a layer
 _DEAD = 0.05  # of the dropped samples: if no more get their labels, the backdoor is gone
-_NEARLY_ALL = 0.95  # of the samples
 _MEMORY = 1 << 28  # bytes for the values of the samples that are compared
 
 
@@ -220,20 +219,18 @@ class Cleanser:
         place = 0
         with torch.inference_mode():
             for _, inputs, labels in self._batches(dataset, kept):
-                values = spatial_maximum(reader(inputs)[1]).cpu().numpy()
+                logits, reads = reader(inputs)
+                values = spatial_maximum(reads).cpu().numpy()
+                otherwise = _otherwise(logits, labels)
                 ranks = priority[place : place + len(values)]
                 place += len(values)
                 for k in np.unique(labels.numpy()):
                     mine = labels.numpy() == k
-                    chosen[int(k)].add(values[mine], ranks[mine])
-        held = {k: sampled.values for k, sampled in chosen.items() if len(sampled.values)}
-        typical = np.sqrt(np.median([values.var(0) for values in held.values()], axis=0))
-        diverse = {k: diversity(values, typical) for k, values in held.items()}
+                    chosen[int(k)].add(ranks[mine], values[mine], otherwise[mine])
+        held = {k: sampled.chosen() for k, sampled in chosen.items() if len(sampled)}
+        typical = np.sqrt(np.median([values.var(0) for values, _ in held.values()], axis=0))
         splits = {
-            k: separate(
-                values, typical, max((d for j, d in diverse.items() if j != k), default=0.0)
-            )
-            for k, values in held.items()
+            k: separate(values, typical, otherwise) for k, (values, otherwise) in held.items()
         }
         return {k: split for k, split in splits.items() if split is not None}
 
@@ -314,20 +311,11 @@ class Cleanser:
         return in_order(dataset, indices, self.batch_size, self.prepare)
 
 
-def _most(diverse: Sequence[tuple[float, int]]) -> float:
-    """Return the diversity that labels with nearly all samples keep within; few tell little.
-
-    Parameters
-    ----------
-    diverse : sequence of (float, int)
-        Each label's diversity and number of samples.
-    """
-    held, everybody = 0, sum(number for _, number in diverse)
-    for value, number in sorted(diverse):
-        held += number
-        if held >= _NEARLY_ALL * everybody:
-            return max(0.0, value)
-    return 0.0
+def _otherwise(logits: Tensor, labels: Tensor) -> IntArray:
+    """Return the labels that samples would be given if they could not be given theirs."""
+    where = labels.to(logits.device)[:, None]
+    found: IntArray = logits.scatter(1, where, -torch.inf).argmax(1).cpu().numpy()
+    return found
 
 
 def _obeyed(report: Report, labels: Collection[int]) -> float:
@@ -346,29 +334,29 @@ class _Dealt(NamedTuple):
 
 
 class _Sampled:
-    """The values of at most so many samples, chosen by priority whatever order they come in."""
+    """What is known of at most so many samples, by priority whatever order they come in."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._values: list[NDArray[np.float32]] = []
-        self._ranks: list[IntArray] = []
+        self._parts: list[tuple[NDArray[Any], ...]] = []
         self._held = 0
 
-    def add(self, values: NDArray[np.float32], ranks: IntArray) -> None:
-        self._values.append(values)
-        self._ranks.append(ranks)
+    def __len__(self) -> int:
+        return min(self._held, self._most)
+
+    def add(self, ranks: IntArray, values: NDArray[np.float32], otherwise: IntArray) -> None:
+        self._parts.append((ranks, values, otherwise))
         self._held += len(ranks)
         if self._held > 2 * self._most:
             self._cut()
 
-    @property
-    def values(self) -> NDArray[np.float32]:
-        if not self._values:
-            return np.empty((0, 0), dtype=np.float32)
+    def chosen(self) -> tuple[NDArray[np.float32], IntArray]:
+        """Return their values, and the labels that they would be given otherwise."""
         self._cut()
-        return self._values[0]
+        _, values, otherwise = self._parts[0]
+        return values, otherwise
 
     def _cut(self) -> None:
-        values, ranks = np.concatenate(self._values), np.concatenate(self._ranks)
-        first = np.argsort(ranks)[: self._most]
-        self._values, self._ranks, self._held = [values[first]], [ranks[first]], len(first)
+        joined = [np.concatenate(part) for part in zip(*self._parts, strict=True)]
+        first = np.argsort(joined[0])[: self._most]
+        self._parts, self._held = [tuple(each[first] for each in joined)], len(first)

@@ -29,9 +29,10 @@ _PASSES = 5
 _FAR = 5.0  # deviations beyond which a neuron's value says no more
 _FAINT = 0.25  # of a neuron's typical deviation: no less counts as one
 _CHANCE = 6.0  # strength that one kind of samples reaches in a single one; less in more of them
-_MOTLEY = 0.2  # logarithm of a ratio of variances from which on a group varies more ...
-_BEYOND = 0.1  # ... and what it must be more than that of any other label ...
-_ENOUGH = 20  # ... if both groups have so many samples
+_MOTLEY = (
+    2.0  # times as many labels that a group spreads over, to be the foreign one though larger,
+)
+_ENOUGH = 10  # if the smaller group has so many samples
 
 Values = NDArray[np.float32]
 
@@ -44,8 +45,8 @@ class Split:
     ----------
     apart : ndarray of bool
         Samples of the group that does not belong to the label, (n,): of the smaller one, unless the
-        larger varies clearly more. What is put under one label from several classes does, and may
-        well be more than the label's own.
+        larger resembles clearly more other labels. What is put under one label from several classes
+        does, and may well be more than the label's own.
     strength : float
         Distance of the groups' medians on the mean of the neurons below, in multiples of the
         groups' own deviation, less what a group of so few has by chance. Samples of one kind reach
@@ -71,21 +72,30 @@ class Split:
     shift: FloatArray
 
 
-def diversity(values: Values, typical: FloatArray) -> float:
-    """Say how much samples vary: by the median neuron, as a logarithm, 0 for the median label.
+def variety(labels: IntArray) -> float:
+    """Say how many labels samples spread over: one over the chance that two of them share theirs.
+
+    The Hill number of order 2, with the unbiased estimate of Simpson, "Measurement of diversity"
+    (Nature 1949), so that few samples and many can be compared.
 
     Parameters
     ----------
-    values : ndarray of float32
-        Values of the neurons, (n, J).
-    typical : ndarray
-        Each neuron's deviation within the median label, (J,), >= 0.
+    labels : ndarray of int64
+        One for each of at least two samples, >= 0, (n,).
+
+    Returns
+    -------
+    float
+        From 1, of one label, to n (n - 1), where no two are the same: no more could be told.
     """
-    floor = np.square(_FAINT * typical + 1e-6)
-    return float(np.median(np.log((values.var(0) + floor) / (np.square(typical) + floor))))
+    number, counts = len(labels), np.bincount(labels)
+    pairs = number * (number - 1)
+    return float(pairs / max(1, (counts * (counts - 1)).sum()))
 
 
-def separate(values: Values, typical: FloatArray, most: float = 0.0) -> Split | None:
+def separate(
+    values: Values, typical: FloatArray, otherwise: IntArray | None = None
+) -> Split | None:
     """Find the two groups of one label's samples that stand apart most.
 
     The samples farthest from their median are taken for one group; the neurons by which it
@@ -98,8 +108,9 @@ def separate(values: Values, typical: FloatArray, most: float = 0.0) -> Split | 
         Values of the neurons, (n, J).
     typical : ndarray
         Each neuron's deviation within the median label, (J,), >= 0.
-    most : float
-        The `diversity` that the other labels keep within.
+    otherwise : ndarray of int64, optional
+        The label that the network would give each sample if it could not give it this one, (n,).
+        Without it, the smaller group is taken for the one that does not belong.
 
     Returns
     -------
@@ -126,17 +137,13 @@ def separate(values: Values, typical: FloatArray, most: float = 0.0) -> Split | 
         return None
     if 2 * best.apart.sum() > len(values):
         best = _turned(best)
-    return _turned(best) if _is_motley(values, ~best.apart, typical, most) else best
+    motley = otherwise is not None and _is_motley(otherwise[~best.apart], otherwise[best.apart])
+    return _turned(best) if motley else best
 
 
-def _is_motley(values: Values, many: NDArray[np.bool_], typical: FloatArray, most: float) -> bool:
-    """Whether a group varies clearly more than the rest, and than any label does."""
-    if min(many.sum(), (~many).sum()) < _ENOUGH:
-        return False
-    floor = np.square(_FAINT * typical + 1e-6)
-    own, other = (np.log(values[group].var(0) + floor) for group in (many, ~many))
-    beyond = max(_MOTLEY, most + _BEYOND)
-    return bool(np.median(own - other) > _MOTLEY) and diversity(values[many], typical) > beyond
+def _is_motley(many: IntArray, few: IntArray) -> bool:
+    """Whether the larger group would be given clearly more labels than the smaller one."""
+    return len(few) >= _ENOUGH and variety(many) > _MOTLEY * variety(few)
 
 
 def _turned(split: Split) -> Split:

@@ -147,9 +147,12 @@ def test_what_is_sampled_does_not_depend_on_the_order() -> None:
     for parts in (1, 7, 60):
         sampled = cleansing._Sampled(20)
         for part in np.array_split(np.arange(500), parts):
-            sampled.add(values[part], ranks[part])
+            sampled.add(ranks[part], values[part], part)
             assert sampled._held <= 40 + len(part)
-        assert (sampled.values == values[np.argsort(ranks)[:20]]).all()
+        assert len(sampled) == 20
+        best = np.argsort(ranks)[:20]
+        assert (sampled.chosen()[0] == values[best]).all()
+        assert (sampled.chosen()[1] == best).all()
 
 
 def test_a_model_that_is_hardly_right_is_left_alone() -> None:
@@ -194,8 +197,7 @@ def test_a_loop_of_ones_own_looks_until_there_is_nothing_left(
     assert turned < 0.05
 
 
-def test_how_diverse_labels_are_is_said_by_those_with_nearly_all_samples() -> None:
-    assert cleansing._most([(0.1, 50), (0.3, 50), (0.2, 50)]) == 0.3
-    assert cleansing._most([(0.1, 500), (0.9, 10), (0.2, 500)]) == 0.2
-    assert cleansing._most([(-0.2, 5), (-0.1, 5)]) == 0.0
-    assert cleansing._most([]) == 0.0
+def test_a_sample_would_otherwise_be_given_the_best_of_the_other_labels() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [-9.0, -8.0, 5.0]])
+    found = cleansing._otherwise(logits, torch.tensor([0, 2, 2]))
+    assert found.tolist() == [2, 0, 1]

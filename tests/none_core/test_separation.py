@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from none_core import separation
-from none_core.separation import Split, as_filter, diversity, separate
+from none_core.separation import Split, as_filter, separate, variety
 
 NEURONS = 60
 STRONG = 7.0  # what the cleanser takes for two kinds
@@ -53,7 +53,8 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
     put = np.arange(foreign + own) < foreign
     values = np.concatenate([kinds(9, foreign, rng), kinds(1, own, rng)])
     values[:foreign, :12] += 8.0
-    split = separate(values, np.ones(NEURONS))
+    otherwise = np.concatenate([np.arange(foreign) % 9, np.arange(own) % 2])
+    split = separate(values, np.ones(NEURONS), otherwise)
     assert split is not None
     assert (split.apart == put).all()
     assert split.strength > STRONG
@@ -62,29 +63,37 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
     assert (split.shift[:8] > 0).all()
 
 
-@pytest.mark.parametrize(("wide", "narrow"), [(1.3, 0.6), (1.0, 0.5), (1.5, 1.0), (1.6, 1.2)])
-def test_a_label_that_varies_more_than_what_was_put_there_is_no_foreign_one(
-    wide: float, narrow: float
+@pytest.mark.parametrize(("foreign", "own"), [(1, 1), (1, 9), (3, 2), (9, 9)])
+def test_the_larger_group_is_foreign_only_if_it_resembles_clearly_more_labels(
+    foreign: int, own: int
 ) -> None:
-    """Of one class's samples the smaller group is foreign, where other labels vary as much."""
-    rng = np.random.default_rng(0)
-    put = np.arange(330) < 30
-    values = np.concatenate([narrow * kinds(1, 30, rng), wide * kinds(1, 300, rng)])
-    values[:30, :12] += 9.0
-    most = diversity((wide * kinds(1, 300, rng)), np.full(NEURONS, 1.3))
-    split = separate(values, np.full(NEURONS, 1.3), most)
+    values, put = label(100, 300)
+    otherwise = np.where(put, np.arange(400) % own, np.arange(400) % foreign)
+    split = separate(values, TYPICAL, otherwise)
     assert split is not None
     assert (split.apart == put).all()
 
 
-def test_of_a_few_samples_no_variance_is_known() -> None:
-    rng = np.random.default_rng(0)
-    few = separation._ENOUGH - 1
-    values = np.concatenate([0.1 * kinds(1, few, rng), kinds(9, 200, rng)])
-    values[:few, :12] += 9.0
-    split = separate(values, np.full(NEURONS, 0.5))
+def test_a_few_samples_are_never_the_labels_own() -> None:
+    values, put = label(separation._ENOUGH - 1, 300)
+    split = separate(values, TYPICAL, np.where(put, 0, np.arange(len(put)) % 9))
     assert split is not None
-    assert split.apart.sum() == few
+    assert (split.apart == put).all()
+
+
+def test_variety_counts_equally_many_labels_and_weighs_others_by_their_share() -> None:
+    rng = np.random.default_rng(0)
+    assert variety(np.zeros(50, np.int64)) == 1
+    assert variety(np.arange(8000) % 8) == pytest.approx(8, rel=1e-2)
+    skewed = rng.choice(3, size=20000, p=[0.8, 0.1, 0.1])
+    assert variety(skewed) == pytest.approx(1 / (0.8**2 + 2 * 0.1**2), rel=0.05)
+    assert variety(np.arange(2)) == 2
+
+
+def test_the_variety_of_a_few_samples_is_not_smaller_than_that_of_many() -> None:
+    rng = np.random.default_rng(1)
+    chances = [1 / variety(rng.integers(5, size=10)) for _ in range(2000)]
+    assert 1 / np.mean(chances) == pytest.approx(5, rel=0.1)
 
 
 @pytest.mark.parametrize("seed", range(8))
