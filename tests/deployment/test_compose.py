@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployment.containers import ATTACKERS, INSIDE, PARTICIPANTS, Compose
+from deployment.containers import ATTACKERS, INSIDE, LEAN, PARTICIPANTS, Compose
 from simulations.engines.commands import FlowerError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,10 +50,20 @@ def test_every_container_is_confined(name: str) -> None:
 
 
 @pytest.mark.parametrize("profile", ["honest", "attack"])
-def test_a_deployment_fits_into_eight_gigabytes(profile: str) -> None:
+def test_a_deployment_without_cuda_fits_into_eight_gigabytes(profile: str) -> None:
     limits = [service["mem_limit"] for service in started(profile).values()]
     assert len(limits) == len(SERVERS) + PARTICIPANTS
-    assert sum(int(limit[:-1]) * UNITS[limit[-1]] for limit in limits) < 8 << 30
+    usual, lean = (
+        [re.sub(r"\$\{(\w+):-(\w+)\}", value, limit) for limit in limits]
+        for value in (r"\2", lambda found: LEAN[found[1]])
+    )
+    assert size(lean) < 8 << 30
+    assert size(lean) < size(usual) < 12 << 30
+
+
+def size(limits: list[str]) -> int:
+    """Bytes of all limits together."""
+    return sum(int(limit[:-1]) * UNITS[limit[-1]] for limit in limits)
 
 
 def test_participants_reach_the_gateway_and_nothing_else() -> None:
@@ -197,3 +207,23 @@ def test_an_image_is_built_without_buildkit_where_that_is_broken(
         .splitlines()[0]
         .endswith("--profile honest build superlink")
     )
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_an_image_without_cuda_is_given_less_memory_unless_somebody_said_how_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool
+) -> None:
+    program = tmp_path / "docker-compose"
+    program.write_text(
+        f"#!/bin/sh\ncase $* in *' run '*) exit {int(cuda)};; esac\n"
+        f'echo "$PARTICIPANT_MEMORY $SERVER_MEMORY" >> {tmp_path}/granted\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SERVER_MEMORY", "2g")
+    with (tmp_path / "log").open("wb") as log:
+        compose = Compose({}, "honest", log)
+        assert compose.grant_memory("superlink") is not cuda
+        compose("up")
+    granted = (tmp_path / "granted").read_text().strip()
+    assert granted == ("2g" if cuda else f"{LEAN['PARTICIPANT_MEMORY']} 2g")
