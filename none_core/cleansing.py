@@ -30,7 +30,7 @@ from none_core.detection import DETECTORS, Detector
 from none_core.detection.base import FloatArray, IntArray, Recent
 from none_core.modes import evaluating
 from none_core.neurons import HOWS, NeuronMap, Reader
-from none_core.separation import Split, as_filter, separate
+from none_core.separation import Split, as_filter, separate, variety
 from none_core.trigger_inversion import Probe, Triggers, probe_model
 
 _GROUPS = 5  # pseudo-clients; samples that stand apart are the last one's
@@ -229,8 +229,11 @@ class Cleanser:
                     chosen[int(k)].add(ranks[mine], values[mine], otherwise[mine])
         held = {k: sampled.chosen() for k, sampled in chosen.items() if len(sampled)}
         typical = np.sqrt(np.median([values.var(0) for values, _ in held.values()], axis=0))
+        many = [otherwise for _, otherwise in held.values() if len(otherwise) > 1]
+        usual = float(np.median([variety(each) for each in many])) if many else 1.0
         splits = {
-            k: separate(values, typical, otherwise) for k, (values, otherwise) in held.items()
+            k: separate(values, typical, otherwise, usual)
+            for k, (values, otherwise) in held.items()
         }
         return {k: split for k, split in splits.items() if split is not None}
 

@@ -45,8 +45,8 @@ class Split:
     ----------
     apart : ndarray of bool
         Samples of the group that does not belong to the label, (n,): of the smaller one, unless the
-        larger resembles clearly more other labels. What is put under one label from several classes
-        does, and may well be more than the label's own.
+        larger resembles clearly more other labels than it does, and than labels usually do. What is
+        put under one label from several classes does, and may well be more than the label's own.
     strength : float
         Distance of the groups' medians on the mean of the neurons below, in multiples of the
         groups' own deviation, less what a group of so few has by chance. Samples of one kind reach
@@ -94,7 +94,7 @@ def variety(labels: IntArray) -> float:
 
 
 def separate(
-    values: Values, typical: FloatArray, otherwise: IntArray | None = None
+    values: Values, typical: FloatArray, otherwise: IntArray | None = None, usual: float = 1.0
 ) -> Split | None:
     """Find the two groups of one label's samples that stand apart most.
 
@@ -111,6 +111,8 @@ def separate(
     otherwise : ndarray of int64, optional
         The label that the network would give each sample if it could not give it this one, (n,).
         Without it, the smaller group is taken for the one that does not belong.
+    usual : float
+        Median over the labels of the `variety` of that.
 
     Returns
     -------
@@ -137,13 +139,10 @@ def separate(
         return None
     if 2 * best.apart.sum() > len(values):
         best = _turned(best)
-    motley = otherwise is not None and _is_motley(otherwise[~best.apart], otherwise[best.apart])
-    return _turned(best) if motley else best
-
-
-def _is_motley(many: IntArray, few: IntArray) -> bool:
-    """Whether the larger group would be given clearly more labels than the smaller one."""
-    return len(few) >= _ENOUGH and variety(many) > _MOTLEY * variety(few)
+    if otherwise is None or best.apart.sum() < _ENOUGH:
+        return best
+    own = max(usual, variety(otherwise[best.apart]))
+    return _turned(best) if variety(otherwise[~best.apart]) > _MOTLEY * own else best
 
 
 def _turned(split: Split) -> Split:

@@ -54,7 +54,7 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
     values = np.concatenate([kinds(9, foreign, rng), kinds(1, own, rng)])
     values[:foreign, :12] += 8.0
     otherwise = np.concatenate([np.arange(foreign) % 9, np.arange(own) % 2])
-    split = separate(values, np.ones(NEURONS), otherwise)
+    split = separate(values, np.ones(NEURONS), otherwise, usual=3.0)
     assert split is not None
     assert (split.apart == put).all()
     assert split.strength > STRONG
@@ -63,13 +63,15 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
     assert (split.shift[:8] > 0).all()
 
 
-@pytest.mark.parametrize(("foreign", "own"), [(1, 1), (1, 9), (3, 2), (9, 9)])
+@pytest.mark.parametrize(
+    ("many", "few", "usual"), [(1, 1, 1.0), (1, 9, 3.0), (3, 2, 1.0), (9, 9, 3.0), (5, 1, 3.0)]
+)
 def test_the_larger_group_is_foreign_only_if_it_resembles_clearly_more_labels(
-    foreign: int, own: int
+    many: int, few: int, usual: float
 ) -> None:
     values, put = label(100, 300)
-    otherwise = np.where(put, np.arange(400) % own, np.arange(400) % foreign)
-    split = separate(values, TYPICAL, otherwise)
+    otherwise = np.where(put, np.arange(400) % few, np.arange(400) % many)
+    split = separate(values, TYPICAL, otherwise, usual)
     assert split is not None
     assert (split.apart == put).all()
 
