@@ -95,9 +95,10 @@ def certificates(rounds: Sequence[Round]) -> dict[str, int]:
 
 
 def suspects(result: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Return who was ever suspected, and who is malicious."""
-    named = {client for entry in result["rounds"] for client in entry["suspected"]}
-    return sorted(named), sorted(result["truth"]["malicious"])
+    """Return who was ever suspected, named or left out, and who is malicious."""
+    keys = "suspected", "named", "quarantined"
+    found = {c for entry in result["rounds"] for key in keys for c in entry.get(key, ())}
+    return sorted(found), sorted(result["truth"]["malicious"])
 
 
 def versions() -> dict[str, str]:

@@ -57,8 +57,10 @@ def test_a_filter_with_nothing_to_judge_has_no_scores() -> None:
 
 def test_suspects_are_those_of_any_round() -> None:
     rounds = [entry(0), entry(1, suspected=[3, 2]), entry(2, suspected=[0])]
+    later = [entry(3, named=[4]), entry(4, quarantined=[5])]
 
     assert results.suspects({"rounds": rounds, "truth": TRUTH}) == ([0, 2, 3], [0, 2])
+    assert results.suspects({"rounds": rounds + later, "truth": TRUTH})[0] == [0, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
