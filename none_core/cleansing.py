@@ -39,6 +39,7 @@ _PROBED = 512  # samples that each looks at ...
 _STEPS, _IMAGES = 60, 16  # ... in so many steps of so many a class
 _BUDGET = 0.1  # of a layer
 _DEAD = 0.05  # of the dropped samples: if no more get their labels, the backdoor is gone
+_MOST = 0.9  # of the labels
 _MEMORY = 1 << 28  # bytes for the values of the samples that are compared
 
 
@@ -230,7 +231,7 @@ class Cleanser:
         held = {k: sampled.chosen() for k, sampled in chosen.items() if len(sampled)}
         typical = np.sqrt(np.median([values.var(0) for values, _ in held.values()], axis=0))
         many = [otherwise for _, otherwise in held.values() if len(otherwise) > 1]
-        usual = float(np.median([variety(each) for each in many])) if many else 1.0
+        usual = float(np.quantile([variety(each) for each in many] or [1.0], _MOST))
         splits = {
             k: separate(values, typical, otherwise, usual)
             for k, (values, otherwise) in held.items()

@@ -112,7 +112,7 @@ def separate(
         The label that the network would give each sample if it could not give it this one, (n,).
         Without it, the smaller group is taken for the one that does not belong.
     usual : float
-        Median over the labels of the `variety` of that.
+        The `variety` of that which most labels keep within.
 
     Returns
     -------
