@@ -27,7 +27,7 @@ from none_core.activations import (
 from none_core.batches import Batch, in_order, unchanged
 from none_core.decision import Decision, Policy, decide
 from none_core.detection import DETECTORS, Detector
-from none_core.detection.base import FloatArray, IntArray, Recent
+from none_core.detection.base import Detection, FloatArray, IntArray, Recent
 from none_core.modes import evaluating
 from none_core.neurons import HOWS, NeuronMap, Reader
 from none_core.separation import Split, as_filter, separate, variety
@@ -88,7 +88,8 @@ class Cleanser:
        than one kind of samples does, the foreign one goes to a pseudo-client of its own.
     3. The detector looks at the pseudo-clients' reports as it looks at clients'. Only if it sees a
        backdoor alive in the model anything is done.
-    4. The compromised neurons are reset, as far as the budget goes, and those groups dropped.
+    4. The compromised neurons are reset, as far as the budget goes, and those groups dropped, or of
+       them those that it suspects, if it looks at groups one by one.
 
     Parameters
     ----------
@@ -188,16 +189,20 @@ class Cleanser:
         splits = self._separated(reader, dataset, kept)
         strong = {k: split for k, split in splits.items() if split.strength >= self.strength}
         dealt = self._dealt(reader, dataset, kept, before, strong)
-        reports, apart = dealt.reports, dealt.apart
+        reports = dealt.reports
         if TRIGGER_SHIFT in self.spec.statistics:
-            self._probe(model, reader, dataset, np.setdiff1d(kept, apart), reports)
+            self._probe(model, reader, dataset, np.setdiff1d(kept, dealt.apart), reports)
         layer_of = self.neurons.layer_of(np.arange(self.neurons.size))
         summaries = {c: self.detector.summarise(report) for c, report in reports.items()}
         known = Recent(apart=frozenset((_GROUPS - 1, k) for k in dealt.labels))
         detection = self.detector.detect(summaries, layer_of, 0, known)  # 0: nobody can lie
         accuracy = float(np.median([report.accuracy for report in reports.values()]))
         decision = decide(detection, layer_of, self.policy, accuracy=accuracy)
-        if not apart.size and before.size and _obeyed(reports[_GROUPS - 1], dealt.labels) < _DEAD:
+        if (
+            not dealt.apart.size
+            and before.size
+            and _obeyed(reports[_GROUPS - 1], dealt.labels) < _DEAD
+        ):
             decision = Decision(
                 decision.neurons[:0], "the model no longer gives the dropped samples their labels"
             )
@@ -208,7 +213,7 @@ class Cleanser:
             reason=decision.reason,
             neurons=decision.neurons,
             scores=detection.scores,
-            dropped=apart if detection.alive else apart[:0],
+            dropped=dealt.foreign(_named(detection, dealt.labels)),
             strengths={k: split.strength for k, split in splits.items()},
         )
 
@@ -249,7 +254,8 @@ class Cleanser:
         """Deal the samples to the pseudo-clients, and report each one's."""
         foreign = as_filter(strong)
         builders = [ReportBuilder(self.spec) for _ in range(_GROUPS)]
-        apart: list[IntArray] = [np.empty(0, dtype=np.int64)]
+        nothing = np.empty(0, dtype=np.int64)
+        apart: list[tuple[IntArray, IntArray]] = [(nothing, nothing)]
         suspected = set(strong)
         # At random: a data set may well have its labels in turn.
         turns = np.random.default_rng(self.seed).permutation(len(kept))
@@ -263,7 +269,7 @@ class Cleanser:
                 logits, reads = reader(inputs)
                 values = spatial_maximum(reads).cpu().numpy()
                 away = foreign.flagged(values, labels.numpy())
-                apart.append(indices[away])
+                apart.append((indices[away], labels.numpy()[away]))
                 turn = turns[place : place + len(indices)]
                 place += len(indices)
                 # The last one's samples of a suspected label are those apart, and no others.
@@ -278,7 +284,8 @@ class Cleanser:
         reports = {number: builder.report() for number, builder in enumerate(builders)}
         return _Dealt(
             {number: report for number, report in reports.items() if report.counts.any()},
-            np.sort(np.concatenate(apart)),
+            np.concatenate([indices for indices, _ in apart]),
+            np.concatenate([said for _, said in apart]),
             frozenset(suspected),
         )
 
@@ -322,6 +329,14 @@ def _otherwise(logits: Tensor, labels: Tensor) -> IntArray:
     return found
 
 
+def _named(detection: Detection, labels: Collection[int]) -> Collection[int]:
+    """Return the labels, of some, that the detector names; all of them if it names none."""
+    if not detection.alive:
+        return ()
+    named = {s.label for s in detection.suspicions if s.client == _GROUPS - 1 and s.alive}
+    return named or labels
+
+
 def _obeyed(report: Report, labels: Collection[int]) -> float:
     """Share of a report's samples of some labels that the model gives their label."""
     rows = sorted(labels)
@@ -334,7 +349,12 @@ class _Dealt(NamedTuple):
 
     reports: dict[int, Report]
     apart: IntArray
+    said: IntArray  # their labels
     labels: frozenset[int]
+
+    def foreign(self, named: Collection[int]) -> IntArray:
+        """Return the samples that stand apart in some labels, ascending."""
+        return np.sort(self.apart[np.isin(self.said, list(named))])
 
 
 class _Sampled:

@@ -29,10 +29,9 @@ _PASSES = 5
 _FAR = 5.0  # deviations beyond which a neuron's value says no more
 _FAINT = 0.25  # of a neuron's typical deviation: no less counts as one
 _CHANCE = 6.0  # strength that one kind of samples reaches in a single one; less in more of them
-_MOTLEY = (
-    2.0  # times as many labels that a group spreads over, to be the foreign one though larger,
-)
-_ENOUGH = 10  # if the smaller group has so many samples
+_MOTLEY = 1.5  # times the variety of the smaller group and of most labels: a larger foreign one's
+_ENOUGH = 10  # samples of the smaller group, to tell its variety
+
 
 Values = NDArray[np.float32]
 

@@ -152,13 +152,14 @@ class Recent:
         Classes that looked attacked in the last probe.
     watched : frozenset of int
         Classes that a confirmed attack was for, a short while ago.
-    apart : frozenset of (int, int)
-        Pairs of client and label whose samples were told apart from all others of the label before.
+    apart : frozenset of (int, int) or None
+        Pairs of client and label whose samples were told apart from all others of the label before,
+        where that is known: no other pair is foreign then.
     """
 
     sighted: frozenset[int] = frozenset()
     watched: frozenset[int] = frozenset()
-    apart: frozenset[tuple[int, int]] = frozenset()
+    apart: frozenset[tuple[int, int]] | None = None
 
     @property
     def expected(self) -> frozenset[int]:

@@ -67,8 +67,9 @@ class Mixture(Detector):
        (each layer first divided by its spread). A clean pair puts nearly all weight on its own
        class; *foreign* is the rest.
     3. A pair is suspected if its foreign share exceeds ``foreign`` and stands out from the pairs by
-       ``outlier`` robust standard deviations. (And one that was told apart before, if its remainder
-       is ``strange`` times the ordinary one: poisoned samples that still look like their label.)
+       ``outlier`` robust standard deviations. (Where it is known which samples were told apart
+       before, only their pairs are, and if their remainder is ``strange`` times the ordinary one:
+       poisoned samples may still look like their label, and odd ones not be poisoned.)
     4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
        leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
        are an ordinary blend.
@@ -94,7 +95,7 @@ class Mixture(Detector):
         Labels held by fewer clients have no clean mean and are left out, >= 3.
     strange : float
         Remainder from which a pair that was told apart before is suspected, in multiples of the
-        median pair's, > 1.
+        median of the others, > 1.
     """
 
     name = "mixture"
@@ -107,7 +108,7 @@ class Mixture(Detector):
         alive: float = 1.5,
         significant: float = 1.0,
         min_clients: int = 3,
-        strange: float = 5.0,
+        strange: float = 7.0,
     ) -> None:
         if not 0 < foreign < 1:
             raise ValueError(f"foreign must be in (0, 1), got {foreign}")
@@ -139,6 +140,7 @@ class Mixture(Detector):
         """Find suspected pairs, whether the backdoor is alive, and the neurons behind it."""
         clients = sorted(summaries)
         counts = np.stack([summaries[c].counts for c in clients])
+        labels = range(counts.shape[1])
         means = [summaries[c].mean for c in clients]
         variances = [summaries[c].variance for c in clients]
         clean_mean = robust_class_statistic(means, counts, self.min_clients)
@@ -146,10 +148,13 @@ class Mixture(Detector):
 
         scale = layer_scale(clean_mean, layer_of)
         unmixed = unmix(means, variances, counts, clean_mean, scale)
-        suspected = self._suspected(unmixed.foreign)
-        ordinary = _median(unmixed.surprise[~suspected])
-        for i, k in np.argwhere(unmixed.surprise > self.strange * ordinary):
-            suspected[i, k] |= (clients[i], k) in recent.apart
+        if recent.apart is None:
+            suspected = self._suspected(unmixed.foreign)
+            ordinary = _median(unmixed.surprise[~suspected])
+        else:
+            suspected = np.array([[(c, k) in recent.apart for k in labels] for c in clients])
+            ordinary = _median(unmixed.surprise[~suspected])
+            suspected &= unmixed.surprise > self.strange * ordinary
         alive = suspected & (unmixed.surprise > self.alive * ordinary)
 
         def remainder(i: int, k: int) -> FloatArray:

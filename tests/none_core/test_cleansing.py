@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from none_core import cleansing
 from none_core.cleansing import Cleanser
@@ -201,3 +201,18 @@ def test_a_sample_would_otherwise_be_given_the_best_of_the_other_labels() -> Non
     logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [-9.0, -8.0, 5.0]])
     found = cleansing._otherwise(logits, torch.tensor([0, 2, 2]))
     assert found.tolist() == [2, 0, 1]
+
+
+def test_only_the_labels_that_the_detector_names_lose_samples(
+    attacked: tuple[poisoned.Task, nn.Module],
+) -> None:
+    """An odd group of clean samples is no reason to drop it, although something else is poisoned."""
+    task, model = attacked
+    inputs, labels = (tensor.clone() for tensor in task.train.tensors)
+    odd = np.flatnonzero(labels.numpy() == 3)[:12]
+    inputs[odd, 5:9] += 2.0
+    cleanser = Cleanser(model, EXAMPLE, strength=2.0)
+    found = cleanser.cleanse(copy_of(model), TensorDataset(inputs, labels))
+    assert found.strengths[3] > 2.0
+    assert np.isin(task.poisoned, found.dropped).all()
+    assert not (labels.numpy()[found.dropped] == 3).any()

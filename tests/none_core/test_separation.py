@@ -64,7 +64,7 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
 
 
 @pytest.mark.parametrize(
-    ("many", "few", "usual"), [(1, 1, 1.0), (1, 9, 3.0), (3, 2, 1.0), (9, 9, 3.0), (5, 1, 3.0)]
+    ("many", "few", "usual"), [(1, 1, 1.0), (1, 9, 3.0), (3, 2, 1.0), (9, 9, 3.0), (5, 1, 4.0)]
 )
 def test_the_larger_group_is_foreign_only_if_it_resembles_clearly_more_labels(
     many: int, few: int, usual: float
