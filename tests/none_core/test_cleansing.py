@@ -206,7 +206,7 @@ def test_a_sample_would_otherwise_be_given_the_best_of_the_other_labels() -> Non
 def test_only_the_labels_that_the_detector_names_lose_samples(
     attacked: tuple[poisoned.Task, nn.Module],
 ) -> None:
-    """An odd group of clean samples is no reason to drop it, although something else is poisoned."""
+    """A group that is merely odd stays, although something else is poisoned."""
     task, model = attacked
     inputs, labels = (tensor.clone() for tensor in task.train.tensors)
     odd = np.flatnonzero(labels.numpy() == 3)[:12]
