@@ -424,14 +424,24 @@ class ReportBuilder:
     def _add_extremes(self, values: Tensor, probabilities: Tensor) -> None:
         arrays = self._arrays
         sample, label = (probabilities > CONFIDENT).nonzero(as_tuple=True)  # one label per sample
-        arrays["confident_count"] += torch.bincount(label, minlength=self.spec.labels)
-        arrays["confident_max"].scatter_reduce_(
-            0, label[:, None].expand(-1, values.shape[1]), values[sample].double(), "amax"
-        )
-        unlikely = (probabilities < UNLIKELY).double()
-        arrays["unlikely_count"] += unlikely.sum(0).long()
-        arrays["unlikely_sum"] += unlikely.T @ values.double()
-        arrays["unlikely_square_sum"] += unlikely.T @ values.double().square()
+        counts = torch.bincount(label, minlength=self.spec.labels)
+        arrays["confident_count"] += counts
+        for k in counts.nonzero().flatten().tolist():
+            highest = values[sample[label == k]].amax(0).double()
+            torch.maximum(arrays["confident_max"][k], highest, out=arrays["confident_max"][k])
+        unlikely = probabilities < UNLIKELY
+        arrays["unlikely_count"] += unlikely.sum(0)
+        # Nearly all samples are unlikely to be of a label: it is quicker to take off the others.
+        mostly = 2 * unlikely.sum(0) >= len(values)
+        rows = torch.where(mostly, ~unlikely, unlikely).T.contiguous()
+        powers = values.double()
+        for name in ("unlikely_sum", "unlikely_square_sum"):
+            if name == "unlikely_square_sum":
+                powers.square_()
+            total = powers.sum(0)
+            for k, off in enumerate(mostly.tolist()):
+                part = powers[rows[k]].sum(0)
+                arrays[name][k] += total - part if off else part
 
     def report(self, min_count: int = 1) -> Report:
         """Return the report so far, without labels that have fewer than ``min_count`` samples.

@@ -1215,3 +1215,27 @@ def test_changed_numbers_decode_or_are_refused(data: Any) -> None:
             values.flat[data.draw(st.integers(0, values.size - 1))] = data.draw(hostile)
         fields[name] = packed(values, width, letter)
     decodes_or_is_refused(fields)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [[0.0] * 4] * 7,  # every label is likely for every sample ...
+        [[9.0, 0.0, 0.0, 0.0]] * 7,  # ... or one is, and the others for none
+        [[9.0, 0.0, 0.0, 0.0]] * 6 + [[0.0, 0.0, 9.0, 9.0]],
+        [[-9.0, 0.0, 0.0, 0.0]] * 3 + [[9.0, 0.0, 9.0, 0.0]] * 4,
+    ],
+)
+def test_sums_over_unlikely_samples_are_those_over_the_samples_themselves(
+    logits: list[list[float]],
+) -> None:
+    values = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    outputs = torch.tensor(logits)
+    builder = ReportBuilder(ReportSpec(5, 4, frozenset({"prediction-extremes"})))
+    builder.add([values], outputs, outputs.argmax(1))
+    report = builder.report()
+    unlikely = (outputs.softmax(1) < 0.1).double()
+    for name, power in (("unlikely_sum", 1), ("unlikely_square_sum", 2)):
+        wanted = (unlikely.T @ values.double() ** power).numpy()
+        assert np.abs(report[name] - wanted).max() < 1e-12
+        assert (report[name][unlikely.numpy().sum(0) == 0] == 0).all()
