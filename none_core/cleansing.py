@@ -30,7 +30,7 @@ from none_core.detection import DETECTORS, Detector
 from none_core.detection.base import Detection, FloatArray, IntArray, Recent
 from none_core.modes import evaluating
 from none_core.neurons import HOWS, NeuronMap, Reader
-from none_core.separation import Split, as_filter, separate, variety
+from none_core.separation import Split, Usual, as_filter, diversity, separate, usual_variety
 from none_core.trigger_inversion import Probe, Triggers, probe_model
 
 _GROUPS = 5  # pseudo-clients; samples that stand apart are the last one's
@@ -39,7 +39,6 @@ _PROBED = 512  # samples that each looks at ...
 _STEPS, _IMAGES = 60, 16  # ... in so many steps of so many a class
 _BUDGET = 0.1  # of a layer
 _DEAD = 0.05  # of the dropped samples: if no more get their labels, the backdoor is gone
-_MOST = 0.9  # of the labels
 _MEMORY = 1 << 28  # bytes for the values of the samples that are compared
 
 
@@ -235,12 +234,17 @@ class Cleanser:
                     chosen[int(k)].add(ranks[mine], values[mine], otherwise[mine])
         held = {k: sampled.chosen() for k, sampled in chosen.items() if len(sampled)}
         typical = np.sqrt(np.median([values.var(0) for values, _ in held.values()], axis=0))
-        many = [otherwise for _, otherwise in held.values() if len(otherwise) > 1]
-        usual = float(np.quantile([variety(each) for each in many] or [1.0], _MOST))
-        splits = {
-            k: separate(values, typical, otherwise, usual)
-            for k, (values, otherwise) in held.items()
-        }
+        diverse = {k: diversity(values, typical) for k, (values, _) in held.items()}
+        splits, possible = {}, max(1, self.spec.labels - 1)
+        for k, (values, otherwise) in held.items():
+            others = [j for j in held if j != k]
+            usual = Usual(
+                typical,
+                max((diverse[j] for j in others), default=0.0),
+                usual_variety([held[j][1] for j in others], possible),
+                possible,
+            )
+            splits[k] = separate(values, usual, otherwise)
         return {k: split for k, split in splits.items() if split is not None}
 
     def _dealt(
@@ -333,8 +337,8 @@ def _named(detection: Detection, labels: Collection[int]) -> Collection[int]:
     """Return the labels, of some, that the detector names; all of them if it names none."""
     if not detection.alive:
         return ()
-    named = {s.label for s in detection.suspicions if s.client == _GROUPS - 1 and s.alive}
-    return named or labels
+    suspected = {s.label for s in detection.suspicions if s.client == _GROUPS - 1 and s.alive}
+    return suspected | {attack.label for attack in detection.attacks} or labels
 
 
 def _obeyed(report: Report, labels: Collection[int]) -> float:

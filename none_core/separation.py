@@ -29,9 +29,12 @@ _PASSES = 5
 _FAR = 5.0  # deviations beyond which a neuron's value says no more
 _FAINT = 0.25  # of a neuron's typical deviation: no less counts as one
 _CHANCE = 6.0  # strength that one kind of samples reaches in a single one; less in more of them
-_MOTLEY = 1.5  # times the variety of the smaller group and of most labels: a larger foreign one's
-_ENOUGH = 10  # samples of the smaller group, to tell its variety
-
+_RATIO = 0.2  # logarithm of a ratio of variances from which on a group varies more ...
+_BEYOND = 0.1  # ... and what it must be more than that of any other label
+_MOTLEY = 3.0  # times the odds of the smaller group and of most labels, of a larger foreign group
+_MOST = 0.9  # of the labels
+_NEARLY = 0.01  # of the possible labels: so many fewer are as good as all
+_ENOUGH = 10  # samples, to tell either
 
 Values = NDArray[np.float32]
 
@@ -44,8 +47,9 @@ class Split:
     ----------
     apart : ndarray of bool
         Samples of the group that does not belong to the label, (n,): of the smaller one, unless the
-        larger resembles clearly more other labels than it does, and than labels usually do. What is
-        put under one label from several classes does, and may well be more than the label's own.
+        larger varies clearly more, or resembles clearly more other labels, than it does and than
+        labels usually do. What is put under one label from several classes may well be more than
+        the label's own.
     strength : float
         Distance of the groups' medians on the mean of the neurons below, in multiples of the
         groups' own deviation, less what a group of so few has by chance. Samples of one kind reach
@@ -71,30 +75,85 @@ class Split:
     shift: FloatArray
 
 
-def variety(labels: IntArray) -> float:
-    """Say how many labels samples spread over: one over the chance that two of them share theirs.
+@dataclass(frozen=True, eq=False)
+class Usual:
+    """What the samples of a label are like that nobody tampered with, as far as the others tell.
 
-    The Hill number of order 2, with the unbiased estimate of Simpson, "Measurement of diversity"
-    (Nature 1949), so that few samples and many can be compared.
+    Attributes
+    ----------
+    typical : ndarray
+        Each neuron's deviation within the median label, (J,), >= 0.
+    diversity : float
+        The `diversity` that the other labels keep within.
+    variety : float
+        The `variety` that most other labels keep within; see `usual_variety`.
+    possible : int
+        How many other labels there are, >= 1.
+    """
+
+    typical: FloatArray
+    diversity: float = 0.0
+    variety: float = 1.0
+    possible: int = 1
+
+
+def diversity(values: Values, typical: FloatArray) -> float:
+    """Say how much samples vary: by the median neuron, as a logarithm, 0 for the median label.
+
+    Parameters
+    ----------
+    values : ndarray of float32
+        Values of the neurons, (n, J).
+    typical : ndarray
+        Each neuron's deviation within the median label, (J,), >= 0.
+    """
+    floor = np.square(_FAINT * typical + 1e-6)
+    return float(np.median(np.log((values.var(0) + floor) / (np.square(typical) + floor))))
+
+
+def variety(labels: IntArray, possible: int) -> float:
+    """Say over how many of the possible labels samples spread.
+
+    That many labels, equally frequent, would have two samples share theirs as often: the Hill
+    number of order 2, with the unbiased estimate of Simpson, "Measurement of diversity" (Nature
+    1949), so that few samples and many can be compared.
 
     Parameters
     ----------
     labels : ndarray of int64
         One for each of at least two samples, >= 0, (n,).
+    possible : int
+        How many there can be, >= 1.
 
     Returns
     -------
     float
-        From 1, of one label, to n (n - 1), where no two are the same: no more could be told.
+        From 1, of one label, to ``possible``.
     """
     number, counts = len(labels), np.bincount(labels)
     pairs = number * (number - 1)
-    return float(pairs / max(1, (counts * (counts - 1)).sum()))
+    return min(float(possible), float(pairs / max(1, (counts * (counts - 1)).sum())))
 
 
-def separate(
-    values: Values, typical: FloatArray, otherwise: IntArray | None = None, usual: float = 1.0
-) -> Split | None:
+def usual_variety(others: Sequence[IntArray], possible: int) -> float:
+    """Return the `variety` that most labels keep within: nine in ten of those with enough samples.
+
+    Parameters
+    ----------
+    others : sequence of ndarray of int64
+        For each label, what its samples would be given otherwise.
+    possible : int
+    """
+    found = [variety(each, possible) for each in others if len(each) >= _ENOUGH]
+    return float(np.quantile(found or [1.0], _MOST))
+
+
+def _odds(spread: float, possible: int) -> float:
+    """Put a variety on a scale on which the last label counts as much as the first."""
+    return spread / max(possible - spread, _NEARLY * possible)
+
+
+def separate(values: Values, usual: Usual, otherwise: IntArray | None = None) -> Split | None:
     """Find the two groups of one label's samples that stand apart most.
 
     The samples farthest from their median are taken for one group; the neurons by which it
@@ -105,13 +164,10 @@ def separate(
     ----------
     values : ndarray of float32
         Values of the neurons, (n, J).
-    typical : ndarray
-        Each neuron's deviation within the median label, (J,), >= 0.
+    usual : Usual
+        Of the same neurons.
     otherwise : ndarray of int64, optional
         The label that the network would give each sample if it could not give it this one, (n,).
-        Without it, the smaller group is taken for the one that does not belong.
-    usual : float
-        The `variety` of that which most labels keep within.
 
     Returns
     -------
@@ -120,7 +176,7 @@ def separate(
     """
     if len(values) < 2 * FEWEST:
         return None
-    floor = _FAINT * typical + 1e-6
+    floor = _FAINT * usual.typical + 1e-6
     centre = np.median(values, axis=0)
     deviation = np.maximum(MAD_TO_SIGMA * np.median(np.abs(values - centre), axis=0), floor)
     far = np.minimum(np.square((values - centre) / deviation), _FAR**2).mean(1)
@@ -138,10 +194,27 @@ def separate(
         return None
     if 2 * best.apart.sum() > len(values):
         best = _turned(best)
-    if otherwise is None or best.apart.sum() < _ENOUGH:
+    if best.apart.sum() < _ENOUGH:
         return best
-    own = max(usual, variety(otherwise[best.apart]))
-    return _turned(best) if variety(otherwise[~best.apart]) > _MOTLEY * own else best
+    motley = _varies_more(values, ~best.apart, usual) or (
+        otherwise is not None and _resembles_more(otherwise, ~best.apart, usual)
+    )
+    return _turned(best) if motley else best
+
+
+def _varies_more(values: Values, many: NDArray[np.bool_], usual: Usual) -> bool:
+    """Whether a group varies clearly more than the rest, and than any label does."""
+    floor = np.square(_FAINT * usual.typical + 1e-6)
+    own, other = (np.log(values[group].var(0) + floor) for group in (many, ~many))
+    most = max(_RATIO, usual.diversity + _BEYOND)
+    return bool(np.median(own - other) > _RATIO) and diversity(values[many], usual.typical) > most
+
+
+def _resembles_more(otherwise: IntArray, many: NDArray[np.bool_], usual: Usual) -> bool:
+    """Whether a group would be given clearly more labels than the rest, and than most labels."""
+    few = max(usual.variety, variety(otherwise[~many], usual.possible))
+    found = variety(otherwise[many], usual.possible)
+    return _odds(found, usual.possible) > _MOTLEY * _odds(few, usual.possible)
 
 
 def _turned(split: Split) -> Split:

@@ -216,3 +216,24 @@ def test_only_the_labels_that_the_detector_names_lose_samples(
     assert found.strengths[3] > 2.0
     assert np.isin(task.poisoned, found.dropped).all()
     assert not (labels.numpy()[found.dropped] == 3).any()
+
+
+def test_a_label_that_is_mostly_poisoned_keeps_its_own_samples() -> None:
+    task = poisoned.make(0.2)
+    labels = task.train.tensors[1].numpy()
+    own = np.setdiff1d(np.flatnonzero(labels == poisoned.TARGET), task.poisoned)
+    assert len(own) < len(task.poisoned)
+    found = Cleanser(trained(task), EXAMPLE).cleanse(trained(task), task.train)
+    assert np.isin(task.poisoned, found.dropped).mean() > 0.95
+    assert not np.isin(own, found.dropped).any()
+
+
+def test_inversion_too_says_which_labels_lose_samples(
+    attacked: tuple[poisoned.Task, nn.Module],
+) -> None:
+    task, model = attacked
+    cleanser = Cleanser(model, EXAMPLE, detector="inversion", strength=1.0)
+    found = cleanser.cleanse(copy_of(model), task.train)
+    assert sum(strength > 1.0 for strength in found.strengths.values()) > 1
+    assert found.dropped.size
+    assert (task.train.tensors[1].numpy()[found.dropped] == poisoned.TARGET).all()

@@ -7,7 +7,15 @@ import pytest
 from numpy.typing import NDArray
 
 from none_core import separation
-from none_core.separation import Split, as_filter, separate, variety
+from none_core.separation import (
+    Split,
+    Usual,
+    as_filter,
+    diversity,
+    separate,
+    usual_variety,
+    variety,
+)
 
 NEURONS = 60
 STRONG = 7.0  # what the cleanser takes for two kinds
@@ -24,12 +32,13 @@ def label(few: int, many: int, seed: int = 0) -> tuple[NDArray[np.float32], NDAr
 
 
 TYPICAL = np.full(NEURONS, 1.4)
+USUAL = Usual(TYPICAL)
 
 
 @pytest.mark.parametrize(("few", "many"), [(5, 300), (20, 300), (100, 300), (250, 300)])
 def test_what_was_put_there_stands_apart(few: int, many: int) -> None:
     values, put = label(few, many)
-    split = separate(values, TYPICAL)
+    split = separate(values, USUAL)
     assert split is not None
     assert (split.apart == put).all()
     assert split.strength > STRONG
@@ -54,7 +63,7 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
     values = np.concatenate([kinds(9, foreign, rng), kinds(1, own, rng)])
     values[:foreign, :12] += 8.0
     otherwise = np.concatenate([np.arange(foreign) % 9, np.arange(own) % 2])
-    split = separate(values, np.ones(NEURONS), otherwise, usual=3.0)
+    split = separate(values, Usual(np.ones(NEURONS), np.inf, 3.0, 9), otherwise)
     assert split is not None
     assert (split.apart == put).all()
     assert split.strength > STRONG
@@ -63,44 +72,88 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
     assert (split.shift[:8] > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("many", "few", "usual"), [(1, 1, 1.0), (1, 9, 3.0), (3, 2, 1.0), (9, 9, 3.0), (5, 1, 4.0)]
-)
-def test_the_larger_group_is_foreign_only_if_it_resembles_clearly_more_labels(
-    many: int, few: int, usual: float
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("foreign", "own"), [(300, 300), (310, 290), (600, 200), (380, 44)])
+def test_what_varies_more_than_labels_do_is_foreign_whatever_it_resembles(
+    foreign: int, own: int, seed: int
 ) -> None:
-    values, put = label(100, 300)
-    otherwise = np.where(put, np.arange(400) % few, np.arange(400) % many)
-    split = separate(values, TYPICAL, otherwise, usual)
+    rng = np.random.default_rng(seed)
+    put = np.arange(foreign + own) < foreign
+    values = np.concatenate([kinds(9, foreign, rng), kinds(1, own, rng)])
+    values[:foreign, :12] += 8.0
+    split = separate(values, Usual(np.ones(NEURONS)))
     assert split is not None
     assert (split.apart == put).all()
 
 
+@pytest.mark.parametrize(("wide", "narrow"), [(1.3, 0.6), (1.0, 0.5), (1.5, 1.0), (1.6, 1.2)])
+def test_a_label_that_varies_more_than_what_was_put_there_is_no_foreign_one(
+    wide: float, narrow: float
+) -> None:
+    """Of one class's samples the smaller group is foreign, where other labels vary as much."""
+    rng = np.random.default_rng(0)
+    put = np.arange(330) < 30
+    values = np.concatenate([narrow * kinds(1, 30, rng), wide * kinds(1, 300, rng)])
+    values[:30, :12] += 9.0
+    typical = np.full(NEURONS, 1.3)
+    most = diversity((wide * kinds(1, 300, rng)), typical)
+    split = separate(values, Usual(typical, most))
+    assert split is not None
+    assert (split.apart == put).all()
+
+
+@pytest.mark.parametrize(
+    ("many", "few", "usual", "possible", "turned"),
+    [
+        *((1, 1, 1.0, 9, False), (1, 9, 3.0, 9, False), (3, 2, 1.0, 9, False)),
+        *((9, 9, 3.0, 9, False), (5, 1, 4.0, 9, False), (1, 1, 1.0, 1, False)),
+        *((9, 6, 6.0, 9, True), (5, 3, 3.5, 5, True), (2, 1, 1.0, 2, True)),
+        *((20, 2, 7.0, 42, True), (10, 2, 7.0, 42, False)),
+    ],
+)
+def test_the_larger_group_is_foreign_only_if_it_resembles_clearly_more_labels(
+    many: int, few: int, usual: float, possible: int, turned: bool
+) -> None:
+    values, put = label(100, 300)
+    otherwise = np.where(put, np.arange(400) % few, np.arange(400) % many)
+    split = separate(values, Usual(TYPICAL, np.inf, usual, possible), otherwise)
+    assert split is not None
+    assert (split.apart == (put != turned)).all()
+
+
 def test_a_few_samples_are_never_the_labels_own() -> None:
     values, put = label(separation._ENOUGH - 1, 300)
-    split = separate(values, TYPICAL, np.where(put, 0, np.arange(len(put)) % 9))
+    split = separate(values, Usual(TYPICAL, possible=9), np.where(put, 0, np.arange(len(put)) % 9))
     assert split is not None
     assert (split.apart == put).all()
 
 
 def test_variety_counts_equally_many_labels_and_weighs_others_by_their_share() -> None:
     rng = np.random.default_rng(0)
-    assert variety(np.zeros(50, np.int64)) == 1
-    assert variety(np.arange(8000) % 8) == pytest.approx(8, rel=1e-2)
+    assert variety(np.zeros(50, np.int64), 9) == 1
+    assert variety(np.arange(8000) % 8, 9) == pytest.approx(8, rel=1e-2)
     skewed = rng.choice(3, size=20000, p=[0.8, 0.1, 0.1])
-    assert variety(skewed) == pytest.approx(1 / (0.8**2 + 2 * 0.1**2), rel=0.05)
-    assert variety(np.arange(2)) == 2
+    assert variety(skewed, 9) == pytest.approx(1 / (0.8**2 + 2 * 0.1**2), rel=0.05)
+    assert variety(np.arange(4), 3) == 3, "no two are the same, and there are no more"
 
 
 def test_the_variety_of_a_few_samples_is_not_smaller_than_that_of_many() -> None:
     rng = np.random.default_rng(1)
-    chances = [1 / variety(rng.integers(5, size=10)) for _ in range(2000)]
+    chances = [1 / variety(rng.integers(5, size=10), 100) for _ in range(2000)]
     assert 1 / np.mean(chances) == pytest.approx(5, rel=0.1)
+
+
+def test_what_is_usual_is_said_by_most_of_the_labels_with_enough_samples() -> None:
+    ordinary = [np.arange(90) % 3] * 19
+    odd, rare = np.arange(90) % 9, np.arange(separation._ENOUGH - 1)
+    found = usual_variety([*ordinary, odd, *[rare] * 19], 9)
+    assert found == pytest.approx(variety(ordinary[0], 9))
+    assert usual_variety([], 9) == 1
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_one_kind_of_samples_is_not_two(seed: int) -> None:
-    split = separate(label(0, 400, seed)[0], TYPICAL)
+    split = separate(label(0, 400, seed)[0], USUAL)
     assert split is None or split.strength < STRONG
 
 
@@ -109,20 +162,20 @@ def test_a_neuron_without_spread_is_no_evidence() -> None:
     values = label(0, 300)[0]
     values[:, 0] = 0.0
     values[7, 0] = 0.1
-    split = separate(values, TYPICAL)
+    split = separate(values, USUAL)
     assert split is None or split.strength < STRONG
     assert split is None or np.isfinite(split.shift).all()
 
 
 def test_too_few_samples_and_equal_samples_have_no_groups() -> None:
-    assert separate(label(0, 2 * separation.FEWEST - 1)[0], TYPICAL) is None
-    assert separate(np.ones((50, NEURONS), np.float32), TYPICAL) is None
+    assert separate(label(0, 2 * separation.FEWEST - 1)[0], USUAL) is None
+    assert separate(np.ones((50, NEURONS), np.float32), USUAL) is None
 
 
 def test_the_order_of_samples_makes_no_difference() -> None:
     values, _ = label(30, 300)
     order = np.random.default_rng(1).permutation(len(values))
-    one, other = separate(values, TYPICAL), separate(values[order], TYPICAL)
+    one, other = separate(values, USUAL), separate(values[order], USUAL)
     assert one is not None
     assert other is not None
     assert (one.apart[order] == other.apart).all()
@@ -134,7 +187,7 @@ def test_the_filter_flags_the_smaller_group_of_its_label_and_nothing_else() -> N
     values, labels, put = [], [], []
     for k, (few, many) in {3: (20, 200), 1: (60, 200)}.items():
         mine, truth = label(few, many, seed=k)
-        found = separate(mine, TYPICAL)
+        found = separate(mine, USUAL)
         assert found is not None
         splits[k] = found
         values.append(mine)
