@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -31,10 +32,11 @@ STARTUP_SECONDS = 300
 ONLINE_SECONDS = 300
 POLL_SECONDS = 1.0
 
-# Limits where torch comes without CUDA, whose libraries take 200 MiB more in every process: with
-# them all containers stay below 8 GiB together.
-LEAN = {"PARTICIPANT_MEMORY": "690m", "SERVER_MEMORY": "640m"}
-_CUDA = "import sys, importlib.util as i; sys.exit(i.find_spec('nvidia') is not None)"
+# Limits where torch comes without CUDA, whose libraries take 100 MB and more in each container that
+# imports them: with these, all stay below 8 GiB together.
+LEAN = {"PARTICIPANT_MEMORY": "690m", "SERVER_APP_MEMORY": "640m"}
+_HAS_CUDA = 3  # exit status
+_CUDA = f"import sys, importlib.util as i; sys.exit({_HAS_CUDA} * bool(i.find_spec('nvidia')))"
 
 
 class Compose:
@@ -64,16 +66,7 @@ class Compose:
         FlowerError
             When it fails.
         """
-        result = subprocess.run(
-            [*self._command, *words],
-            cwd=CHECKOUT,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
-        if result.returncode:
-            raise FlowerError(f"`docker-compose {' '.join(words)}` exited with {result.returncode}")
+        _check_status(words, self._status(words))
 
     def build(self, service: str) -> None:
         """Build a service's image with BuildKit, or without it where its component is not there.
@@ -93,13 +86,34 @@ class Compose:
         """Lower the limits on memory to `LEAN` if a service's image has no CUDA; say whether.
 
         Limits that the environment names stay as they are.
+
+        Raises
+        ------
+        FlowerError
+            When a container of it cannot be run.
         """
-        try:
-            self("run", "--rm", "--no-deps", service, "python", "-c", _CUDA)
-        except FlowerError:
+        words = ("run", "--rm", "--no-deps", service, "python", "-c", _CUDA)
+        status = self._status(words)
+        if status == _HAS_CUDA:
             return False
+        _check_status(words, status)
         self._environment = LEAN | self._environment
         return True
+
+    def _status(self, words: Sequence[str]) -> int:
+        return subprocess.run(
+            [*self._command, *words],
+            cwd=CHECKOUT,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        ).returncode
+
+
+def _check_status(words: Sequence[str], status: int) -> None:
+    if status:
+        raise FlowerError(f"`docker-compose {' '.join(words)}` exited with {status}")
 
 
 def run_in_containers(experiment: Experiment, log: Path, console: Console) -> None:
@@ -149,9 +163,11 @@ def run_in_containers(experiment: Experiment, log: Path, console: Console) -> No
             compose = Compose(variables, profile, containers)
             say("keys, certificates and the shares of the data written; building the image")
             compose.build(SERVERS[0])
+            watch = MemoryWatch(variables["COMPOSE_PROJECT_NAME"])
             try:
                 if not compose.grant_memory(SERVERS[0]):
-                    say("the image's torch has CUDA, so that every container is given more memory")
+                    say("the image's torch has CUDA: participants and ServerApp get more memory")
+                watch.start()
                 compose("up", "--detach", *SERVERS)
                 _wait_for_superlink(port, site.authority)
                 say(f"SuperLink at 127.0.0.1:{port}, for the operator alone")
@@ -163,13 +179,14 @@ def run_in_containers(experiment: Experiment, log: Path, console: Console) -> No
                 compose("up", "--detach")
                 operator.wait_for(nodes, lambda: None, ONLINE_SECONDS)
                 say(f"{len(nodes)} SuperNodes online")
-                with MemoryWatch(variables["COMPOSE_PROJECT_NAME"]) as watch:
-                    operator.run(_inside(experiment), Path(INSIDE[1]), lambda: None)
-                results.write(log.parent, watch.peaks(), results.MEMORY)
-                say(f"run completed; {_memory(watch)}")
+                operator.run(_inside(experiment), Path(INSIDE[1]), lambda: None)
+                say("run completed")
             finally:
+                watch.stop()
                 compose("logs", "--no-color")
                 compose("down", "--volumes")
+                results.write(log.parent, watch.peaks(), results.MEMORY)
+                say(_memory(watch))
     except (FlowerError, OSError) as error:
         raise RunError(last_exception(log) or str(error)) from error
     finally:

@@ -6,7 +6,6 @@ import re
 import subprocess
 import threading
 from collections.abc import Mapping
-from types import TracebackType
 
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 PERIOD_SECONDS = 2.0
@@ -33,20 +32,15 @@ class MemoryWatch:
         self.together = 0
         self.containers: dict[str, int] = {}
 
-    def __enter__(self) -> MemoryWatch:
+    def start(self) -> None:
         """Begin to watch."""
         self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Watch no longer."""
+    def stop(self) -> None:
+        """Watch no longer, if it was begun."""
         self._over.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def note(self, used: Mapping[str, int]) -> None:
         """Take a sample into account: bytes by service."""

@@ -81,6 +81,7 @@ def row(label: str, result: Mapping[str, Any]) -> dict[str, Any]:
         **{f"worst_{score}": value for score, value in result["worst_last5"].items()},
         "neurons_reset": sum(entry["neurons_reset"] for entry in result["rounds"]),
         "suspected": " ".join(map(str, suspected)),
+        "left_out": " ".join(map(str, results.left_out(result))),
         "malicious": " ".join(map(str, malicious)),
         "seconds": result["timing"]["seconds"],
     }

@@ -95,10 +95,14 @@ def certificates(rounds: Sequence[Round]) -> dict[str, int]:
 
 
 def suspects(result: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Return who was ever suspected, named or left out, and who is malicious."""
-    keys = "suspected", "named", "quarantined"
-    found = {c for entry in result["rounds"] for key in keys for c in entry.get(key, ())}
-    return sorted(found), sorted(result["truth"]["malicious"])
+    """Return whose samples ever looked poisoned to the detector, and who is malicious."""
+    named = {client for entry in result["rounds"] for client in entry["suspected"]}
+    return sorted(named), sorted(result["truth"]["malicious"])
+
+
+def left_out(result: Mapping[str, Any]) -> list[int]:
+    """Return whose updates were ever left out, by quarantine."""
+    return sorted({client for entry in result["rounds"] for client in entry["quarantined"]})
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from simulations.results import SCORES, suspects
+from simulations.results import SCORES, left_out, suspects
 
 Result = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def summary(runs: Sequence[tuple[str, Result]]) -> Table:
     table.add_column("run", style="bold", no_wrap=True)
     for heading in ("final", "worst of last 5"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("reset", "suspected", "malicious", "seconds"):
+    for heading in ("reset", "suspected", "left out", "malicious", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for label, result in runs:
         table.add_row(label, *cells(result))
@@ -43,6 +43,7 @@ def cells(result: Result) -> list[str]:
         triple(result["worst_last5"]),
         str(sum(entry["neurons_reset"] for entry in result["rounds"])),
         clients(named),
+        clients(left_out(result)),
         clients(malicious),
         f"{result['timing']['seconds']:.0f}",
     ]

@@ -179,7 +179,7 @@ def test_the_image_holds_what_the_apps_import() -> None:
     imported = {re.sub(r"[-_.]+", "-", name).lower() for name in done.stdout.split()}
     held = pins("docker/requirements.lock").keys() | pins("docker/torch.lock").keys()
     # Torch imports these if they happen to be there, and Python 3.11 brings setuptools along.
-    assert imported - held - {"none-defense"} <= {"opt-einsum", "setuptools"}
+    assert imported - held - {"none-defense"} <= {"opt-einsum", "setuptools", "tqdm"}
 
 
 @pytest.mark.parametrize(("works_with", "asked"), [("1", "1"), ("0", "10"), ("never", "10")])
@@ -213,17 +213,32 @@ def test_an_image_is_built_without_buildkit_where_that_is_broken(
 def test_an_image_without_cuda_is_given_less_memory_unless_somebody_said_how_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool
 ) -> None:
+    """The stand-in runs what it is told, so that the question itself is asked, and not in vain."""
     program = tmp_path / "docker-compose"
     program.write_text(
-        f"#!/bin/sh\ncase $* in *' run '*) exit {int(cuda)};; esac\n"
-        f'echo "$PARTICIPANT_MEMORY $SERVER_MEMORY" >> {tmp_path}/granted\n'
+        "#!/bin/sh\nfor last; do :; done\n"
+        f"case $* in *' run '*) exec {sys.executable} -S -c \"$last\";; esac\n"
+        f'echo "$PARTICIPANT_MEMORY $SERVER_APP_MEMORY" >> {tmp_path}/granted\n'
     )
     program.chmod(0o755)
+    (tmp_path / "packages" / ("nvidia" if cuda else "other")).mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("SERVER_MEMORY", "2g")
+    monkeypatch.setenv("SERVER_APP_MEMORY", "2g")
     with (tmp_path / "log").open("wb") as log:
         compose = Compose({}, "honest", log)
         assert compose.grant_memory("superlink") is not cuda
         compose("up")
     granted = (tmp_path / "granted").read_text().strip()
     assert granted == ("2g" if cuda else f"{LEAN['PARTICIPANT_MEMORY']} 2g")
+
+
+def test_an_image_that_cannot_be_run_is_not_taken_for_one_with_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "docker-compose"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with (tmp_path / "log").open("wb") as log, pytest.raises(FlowerError, match="exited with 1"):
+        Compose({}, "honest", log).grant_memory("superlink")

@@ -63,10 +63,12 @@ def test_the_peak_is_that_of_all_containers_at_the_same_time() -> None:
 
 def test_a_watch_samples_until_it_is_ended(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "PERIOD_SECONDS", 0.01)
-    with MemoryWatch("mine") as watch:
-        deadline = time.monotonic() + 30
-        while watch.samples < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+    watch = MemoryWatch("mine")
+    watch.start()
+    deadline = time.monotonic() + 30
+    while watch.samples < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watch.stop()
     asked = calls.read_text(encoding="utf-8")
     assert watch.samples >= 2
     assert watch.together == (3 << 19) + (1 << 30)
@@ -85,9 +87,17 @@ def test_an_engine_that_does_not_answer_leaves_no_samples(
     tried: list[object] = []
     monkeypatch.setattr(memory, "PERIOD_SECONDS", 0.01)
     monkeypatch.setattr(subprocess, "run", fail)
-    with MemoryWatch("mine") as watch:
-        deadline = time.monotonic() + 30
-        while len(tried) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+    watch = MemoryWatch("mine")
+    watch.start()
+    deadline = time.monotonic() + 30
+    while len(tried) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    watch.stop()
     assert len(tried) >= 2
     assert watch.peaks() == {"together": 0, "containers": {}, "samples": 0}
+
+
+def test_a_watch_that_never_began_can_be_ended() -> None:
+    watch = MemoryWatch("mine")
+    watch.stop()
+    assert watch.peaks()["samples"] == 0

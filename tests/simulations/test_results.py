@@ -57,10 +57,14 @@ def test_a_filter_with_nothing_to_judge_has_no_scores() -> None:
 
 def test_suspects_are_those_of_any_round() -> None:
     rounds = [entry(0), entry(1, suspected=[3, 2]), entry(2, suspected=[0])]
-    later = [entry(3, named=[4]), entry(4, quarantined=[5])]
 
     assert results.suspects({"rounds": rounds, "truth": TRUTH}) == ([0, 2, 3], [0, 2])
-    assert results.suspects({"rounds": rounds + later, "truth": TRUTH})[0] == [0, 2, 3, 4, 5]
+
+
+def test_who_was_left_out_in_any_round_was_left_out() -> None:
+    rounds = [entry(0, quarantined=[]), entry(1, quarantined=[5, 2]), entry(2, quarantined=[1])]
+
+    assert results.left_out({"rounds": rounds, "truth": TRUTH}) == [1, 2, 5]
 
 
 @pytest.mark.parametrize(
