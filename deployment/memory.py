@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -95,8 +96,11 @@ def parse(usage: str) -> int:
 
 
 def _lines(*words: str) -> dict[str, str]:
+    program = shutil.which("docker")
+    if program is None:
+        raise FileNotFoundError("docker")
     done = subprocess.run(
-        ["docker", *words],
+        [program, *words],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -35,6 +35,7 @@ _MOTLEY = 3.0  # times the odds of the smaller group and of most labels, of a la
 _MOST = 0.9  # of the labels
 _NEARLY = 0.01  # of the possible labels: so many fewer are as good as all
 _ENOUGH = 10  # samples, to tell either
+_EVEN = 0.475  # share of the smaller group from which on it says nothing that it is the smaller one
 
 Values = NDArray[np.float32]
 
@@ -53,7 +54,8 @@ class Split:
     strength : float
         Distance of the groups' medians on the mean of the neurons below, in multiples of the
         groups' own deviation, less what a group of so few has by chance. Samples of one kind reach
-        some 2 to 5, since what is measured is the best split of many.
+        some 2 to 5, since what is measured is the best split of many. 0 where nothing tells which
+        of two groups of nearly the same size is the label's own.
     neurons : ndarray of int64
         Those that tell the groups apart best, (m,), the best first.
     sign, mean, deviation : ndarray of float32
@@ -196,25 +198,35 @@ def separate(values: Values, usual: Usual, otherwise: IntArray | None = None) ->
         best = _turned(best)
     if best.apart.sum() < _ENOUGH:
         return best
-    motley = _varies_more(values, ~best.apart, usual) or (
-        otherwise is not None and _resembles_more(otherwise, ~best.apart, usual)
+    if _is_motley(values, otherwise, ~best.apart, usual):
+        return _turned(best)
+    if best.apart.mean() > _EVEN and not _is_motley(values, otherwise, best.apart, usual):
+        return replace(best, strength=0.0)
+    return best
+
+
+def _is_motley(
+    values: Values, otherwise: IntArray | None, group: NDArray[np.bool_], usual: Usual
+) -> bool:
+    """Whether a group looks as if it were gathered from several classes, and the rest does not."""
+    return _varies_more(values, group, usual) or (
+        otherwise is not None and _resembles_more(otherwise, group, usual)
     )
-    return _turned(best) if motley else best
 
 
-def _varies_more(values: Values, many: NDArray[np.bool_], usual: Usual) -> bool:
+def _varies_more(values: Values, group: NDArray[np.bool_], usual: Usual) -> bool:
     """Whether a group varies clearly more than the rest, and than any label does."""
     floor = np.square(_FAINT * usual.typical + 1e-6)
-    own, other = (np.log(values[group].var(0) + floor) for group in (many, ~many))
+    one, other = (np.log(values[part].var(0) + floor) for part in (group, ~group))
     most = max(_RATIO, usual.diversity + _BEYOND)
-    return bool(np.median(own - other) > _RATIO) and diversity(values[many], usual.typical) > most
+    return bool(np.median(one - other) > _RATIO) and diversity(values[group], usual.typical) > most
 
 
-def _resembles_more(otherwise: IntArray, many: NDArray[np.bool_], usual: Usual) -> bool:
+def _resembles_more(otherwise: IntArray, group: NDArray[np.bool_], usual: Usual) -> bool:
     """Whether a group would be given clearly more labels than the rest, and than most labels."""
-    few = max(usual.variety, variety(otherwise[~many], usual.possible))
-    found = variety(otherwise[many], usual.possible)
-    return _odds(found, usual.possible) > _MOTLEY * _odds(few, usual.possible)
+    rest = max(usual.variety, variety(otherwise[~group], usual.possible))
+    found = variety(otherwise[group], usual.possible)
+    return _odds(found, usual.possible) > _MOTLEY * _odds(rest, usual.possible)
 
 
 def _turned(split: Split) -> Split:

@@ -78,7 +78,7 @@ def test_a_watch_samples_until_it_is_ended(calls: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("error", [FileNotFoundError("docker"), subprocess.TimeoutExpired("x", 1)])
 def test_an_engine_that_does_not_answer_leaves_no_samples(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
+    error: Exception, calls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*words: object, **settings: object) -> None:
         tried.append(words)
@@ -101,3 +101,9 @@ def test_a_watch_that_never_began_can_be_ended() -> None:
     watch = MemoryWatch("mine")
     watch.stop()
     assert watch.peaks()["samples"] == 0
+
+
+def test_without_docker_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="docker"):
+        memory.used("mine")

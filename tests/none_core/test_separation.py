@@ -121,6 +121,19 @@ def test_the_larger_group_is_foreign_only_if_it_resembles_clearly_more_labels(
     assert (split.apart == (put != turned)).all()
 
 
+@pytest.mark.parametrize("few", [290, 300])
+def test_of_two_groups_of_one_size_none_is_foreign_unless_something_says_which(few: int) -> None:
+    values, put = label(few, 300)
+    split = separate(values, USUAL, np.arange(len(put)) % 3)
+    assert split is not None
+    assert split.strength == 0
+    otherwise = np.where(put, np.arange(len(put)) % 9, np.arange(len(put)) % 2)
+    told = separate(values, Usual(TYPICAL, np.inf, 2.0, 9), otherwise)
+    assert told is not None
+    assert told.strength > STRONG
+    assert (told.apart == put).all()
+
+
 def test_a_few_samples_are_never_the_labels_own() -> None:
     values, put = label(separation._ENOUGH - 1, 300)
     split = separate(values, Usual(TYPICAL, possible=9), np.where(put, 0, np.arange(len(put)) % 9))
