@@ -53,15 +53,20 @@ def kinds(number: int, samples: int, rng: np.random.Generator) -> NDArray[np.flo
     return (means[np.arange(samples) % number] + rng.normal(size=(samples, NEURONS))).astype("f4")
 
 
+def gathered(foreign: int, own: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Samples of one kind, after others of nine kinds that share twelve moved neurons."""
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([kinds(9, foreign, rng), kinds(1, own, rng)])
+    values[:foreign, :12] += 8.0
+    return values, np.arange(foreign + own) < foreign
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("foreign", "own"), [(300, 300), (310, 290), (600, 200), (380, 44)])
 def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
     foreign: int, own: int, seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
-    put = np.arange(foreign + own) < foreign
-    values = np.concatenate([kinds(9, foreign, rng), kinds(1, own, rng)])
-    values[:foreign, :12] += 8.0
+    values, put = gathered(foreign, own, seed)
     otherwise = np.concatenate([np.arange(foreign) % 9, np.arange(own) % 2])
     split = separate(values, Usual(np.ones(NEURONS), np.inf, 3.0, 9), otherwise)
     assert split is not None
@@ -77,10 +82,7 @@ def test_what_was_gathered_from_many_classes_stands_apart_even_if_it_is_most(
 def test_what_varies_more_than_labels_do_is_foreign_whatever_it_resembles(
     foreign: int, own: int, seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
-    put = np.arange(foreign + own) < foreign
-    values = np.concatenate([kinds(9, foreign, rng), kinds(1, own, rng)])
-    values[:foreign, :12] += 8.0
+    values, put = gathered(foreign, own, seed)
     split = separate(values, Usual(np.ones(NEURONS)))
     assert split is not None
     assert (split.apart == put).all()
