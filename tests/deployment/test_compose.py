@@ -134,7 +134,7 @@ def test_the_image_is_unprivileged_and_holds_no_app() -> None:
     steps = [line.split() for line in lines if re.match(r"[A-Z]+ ", line)]
     assert [step[1] for step in steps if step[0] == "USER"] == ["10001:10001"]
     copied = [source for step in steps if step[0] == "COPY" for source in step[1:-1]]
-    assert copied == ["docker/*.lock", "constraints.txt", "docker/wheelhouse*/*.whl", "deployment"]
+    assert copied == ["docker/*.lock", "docker/wheelhouse*/*.whl", "deployment"]
     text = "\n".join(lines)
     assert "# syntax" not in text  # would fetch an image
     assert "--mount" not in text  # needs BuildKit
@@ -149,16 +149,27 @@ def pins(file: str) -> dict[str, str]:
 
 def test_the_image_has_the_versions_of_every_other_installation_and_their_hashes() -> None:
     known, locked = pins("constraints.txt"), pins("docker/requirements.lock")
-    torch = pins("docker/torch.lock")
+    torch, cuda = pins("docker/torch.lock"), pins("docker/cuda.lock")
     assert locked | torch == {name: known[name] for name in locked | torch}
+    assert cuda
+    assert not cuda.keys() & (known.keys() | locked.keys())
     wanted = (ROOT / "docker" / "requirements.txt").read_text(encoding="utf-8").splitlines()
     names = {re.split(r"[<>=]", line)[0] for line in wanted if line and line[0] != "#"}
     assert names == names & (locked.keys() | torch.keys())
-    for file, pinned in (("requirements.lock", locked), ("torch.lock", torch)):
-        text = (ROOT / "docker" / file).read_text(encoding="utf-8")
+    for file, pinned in (("requirements", locked), ("torch", torch), ("cuda", cuda)):
+        text = (ROOT / "docker" / f"{file}.lock").read_text(encoding="utf-8")
         entries = re.split(r"^(?=[a-zA-Z])", text, flags=re.MULTILINE)[1:]
         assert len(entries) == len(pinned)
         assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def test_nothing_is_installed_into_the_image_but_what_the_locks_hold() -> None:
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    assert text.count("pip install") == 1  # defines $install
+    assert "--only-binary :all: --no-deps --require-hashes" in text
+    named = re.findall(r"\$install((?: -r [a-z]+\.lock)+)", text)
+    files = {word for words in named for word in words.split() if word != "-r"}
+    assert files == {file.name for file in (ROOT / "docker").glob("*.lock")}
 
 
 IMPORTED = """
