@@ -69,7 +69,9 @@ class Mixture(Detector):
     3. A pair is suspected if its foreign share exceeds ``foreign`` and stands out from the pairs by
        ``outlier`` robust standard deviations. (Where it is known which samples were told apart
        before, only their pairs are, and if their remainder is ``strange`` times the ordinary one:
-       poisoned samples may still look like their label, and odd ones not be poisoned.)
+       poisoned samples may still look like their label, and odd ones not be poisoned. As near
+       duplicates vary little and still say no more about their class, such samples count as varying
+       no less than their label's do.)
     4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
        leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
        are an ordinary blend.
@@ -144,7 +146,13 @@ class Mixture(Detector):
         means = [summaries[c].mean for c in clients]
         variances = [summaries[c].variance for c in clients]
         clean_mean = robust_class_statistic(means, counts, self.min_clients)
-        deviation = np.sqrt(robust_class_statistic(variances, counts, self.min_clients))
+        clean_variance = robust_class_statistic(variances, counts, self.min_clients)
+        deviation = np.sqrt(clean_variance)
+        if recent.apart is not None:
+            variances = [
+                _no_less(variance, clean_variance, [k for i, k in recent.apart if i == c])
+                for c, variance in zip(clients, variances, strict=True)
+            ]
 
         scale = layer_scale(clean_mean, layer_of)
         unmixed = unmix(means, variances, counts, clean_mean, scale)
@@ -298,6 +306,15 @@ def unmix(
             result.noise[i, k] = np.sqrt(max(noise, 1e-12))
             result.surprise[i, k] = np.sqrt(remainder @ remainder) / result.noise[i, k]
     return result
+
+
+def _no_less(
+    variance: NDArray[np.float32], least: FloatArray, rows: list[int]
+) -> NDArray[np.float32]:
+    """Raise some rows to the least, where that is known."""
+    raised = variance.copy()
+    raised[rows] = np.fmax(variance[rows], least[rows])
+    return raised
 
 
 def _median(surprise: FloatArray) -> float:

@@ -15,8 +15,8 @@ from scipy.optimize import nnls
 
 from none_core.activations import LABEL_HISTOGRAMS, Report, ReportSpec, decode_report
 from none_core.detection import Mixture
-from none_core.detection.base import upper_break, upper_breaks
-from none_core.detection.mixture import layer_scale, robust_class_statistic, unmix
+from none_core.detection.base import Recent, upper_break, upper_breaks
+from none_core.detection.mixture import Summary, layer_scale, robust_class_statistic, unmix
 from tests.none_core.detection.toys import (
     ATTACKERS,
     CLASSES,
@@ -505,3 +505,32 @@ def test_the_toy_backdoor_works() -> None:
 def test_arguments_out_of_range_are_errors(argument: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be"):
         Mixture(**{argument: value})
+
+
+# --- samples that were told apart before ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "deviations", "foreign"), [(6, 1.0, False), (40, 5.0, True)])
+def test_near_duplicates_of_one_odd_sample_are_not_foreign_and_poisoned_ones_are(
+    number: int, deviations: float, foreign: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    classes = rng.uniform(0, 10, size=(4, 60))
+    counts = np.full((5, 4), 100)
+    means = classes + rng.normal(size=(5, 4, 60)) / 10
+    variances = np.ones((5, 4, 60))
+    counts[4, 0] = number
+    means[4, 0] = classes[0] + deviations * rng.normal(size=60)
+    variances[4, 0] = 0.05  # alike, however far from all others
+    summaries = {
+        i: Summary(counts[i], means[i].astype(np.float32), variances[i].astype(np.float32))
+        for i in range(5)
+    }
+
+    detection = Mixture().detect(
+        summaries, np.zeros(60, dtype=np.int64), 0, Recent(apart=frozenset({(4, 0)}))
+    )
+
+    assert [(s.client, s.label) for s in detection.suspicions] == [(4, 0)] * foreign
+    assert detection.alive == foreign
+    assert np.array_equal(summaries[4].variance[0], np.float32(variances[4, 0]))  # left as it was
