@@ -7,7 +7,7 @@ sample filter are those of the federated defence: here groups of samples stand i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +38,7 @@ _PROBING = 3  # of them, those that look for triggers, where the detector wants 
 _PROBED = 512  # samples that each looks at ...
 _STEPS, _IMAGES = 60, 16  # ... in so many steps of so many a class
 _BUDGET = 0.1  # of a layer
-_DEAD = 0.05  # of the dropped samples: if no more get their labels, the backdoor is gone
+_DEAD = 0.05  # of the dropped samples: if no more obey, the backdoor is gone
 _MEMORY = 1 << 28  # bytes for the values of the samples that are compared
 
 
@@ -197,11 +197,7 @@ class Cleanser:
         detection = self.detector.detect(summaries, layer_of, 0, known)  # 0: nobody can lie
         accuracy = float(np.median([report.accuracy for report in reports.values()]))
         decision = decide(detection, layer_of, self.policy, accuracy=accuracy)
-        if (
-            not dealt.apart.size
-            and before.size
-            and _obeyed(reports[_GROUPS - 1], dealt.labels) < _DEAD
-        ):
+        if not dealt.apart.size and before.size and _obeyed(reports, dealt.labels) < _DEAD:
             decision = Decision(
                 decision.neurons[:0], "the model no longer gives the dropped samples their labels"
             )
@@ -341,11 +337,18 @@ def _named(detection: Detection, labels: Collection[int]) -> Collection[int]:
     return suspected | {attack.label for attack in detection.attacks} or labels
 
 
-def _obeyed(report: Report, labels: Collection[int]) -> float:
-    """Share of a report's samples of some labels that the model gives their label."""
-    rows = sorted(labels)
-    right = report["predictions"][rows, rows].sum()
-    return float(right / max(1, report.counts[rows].sum()))
+def _obeyed(reports: Mapping[int, Report], labels: Collection[int]) -> float:
+    """Share of the last one's samples that the model gives their label because of the backdoor.
+
+    That is, beyond what it gives such labels to the others' samples of any other label anyway.
+    """
+    rows, last = sorted(labels), reports[_GROUPS - 1]
+    others = [report for number, report in reports.items() if number != _GROUPS - 1]
+    given = sum((report["predictions"] for report in others), np.zeros_like(last["predictions"]))
+    foreign = given.sum() - given[rows].sum(1)
+    wrongly = (given.sum(0)[rows] - given[rows, rows]) / np.maximum(1, foreign)
+    right = last["predictions"][rows, rows] - wrongly * last.counts[rows]
+    return float(right.sum() / max(1, last.counts[rows].sum()))
 
 
 class _Dealt(NamedTuple):

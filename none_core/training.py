@@ -7,6 +7,7 @@ During Training", NeurIPS 2022, Algorithm 1.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,9 +81,9 @@ class NoneTrainer:
     optimizer : callable
         ``parameters -> Optimizer``, called at the start and after each reset.
     retrain_rate : float
-        What the learning rates are multiplied by after a reset, > 0. Under frozen normalisation a
-        network that took a large step before would leave all that it has learned at the same step;
-        the published code trains on at 1e-4.
+        What the learning rates are multiplied by after a reset, > 0; from there they fall along
+        half a cosine. Under frozen normalisation a network that took a large step before would
+        leave all that it has learned at the same step; the published code trains on at 1e-4.
     loss : callable
         ``(logits, labels) -> mean loss``.
     epochs : int
@@ -112,8 +113,8 @@ class NoneTrainer:
         *,
         loss: Loss = functional.cross_entropy,
         epochs: int = 20,
-        retrain_epochs: int = 4,
-        retrain_rate: float = 0.04,
+        retrain_epochs: int = 8,
+        retrain_rate: float = 0.1,
         rounds: int = 3,
         batch_size: int = 64,
         seed: int = 0,
@@ -147,6 +148,7 @@ class NoneTrainer:
         while not state.done:
             optimizer = self._optimizer(state)
             while state.epoch < (self.retrain_epochs if state.round else self.epochs):
+                self._pace(state, optimizer)
                 mean = self._train(state, optimizer)
                 state.epoch += 1
                 _LOG.info("round %d, epoch %d: loss %.4f", state.round, state.epoch, mean)
@@ -199,12 +201,19 @@ class NoneTrainer:
 
     def _optimizer(self, state: _State) -> Optimizer:
         optimizer = self.optimizer(self.model.parameters())
-        if state.round:
-            for group in optimizer.param_groups:
-                group["lr"] *= self.retrain_rate
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
         if state.optimizer is not None:
             optimizer.load_state_dict(state.optimizer)
         return optimizer
+
+    def _pace(self, state: _State, optimizer: Optimizer) -> None:
+        """Set the learning rates of an epoch after a reset."""
+        if not state.round:
+            return
+        share = (1 + math.cos(math.pi * state.epoch / self.retrain_epochs)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.retrain_rate * share
 
     def _begun(self) -> _State:
         samples = np.arange(len(self.dataset))  # type: ignore[arg-type]

@@ -32,14 +32,14 @@ class NoneDefense(Baseline):
     retrain_epochs : int
         Passes after each that found something, >= 1.
     retrain_rate : float
-        Their learning rate in units of the schedule's, > 0.
+        The learning rate of the first of them in units of the schedule's, > 0.
     """
 
     detector: str = "mixture"
     reset: str = "zero"
     rounds: int = 3
-    retrain_epochs: int = 4
-    retrain_rate: float = 0.04
+    retrain_epochs: int = 8
+    retrain_rate: float = 0.1
 
     def validate(self) -> None:
         """Check the fields."""

@@ -12,7 +12,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
 from none_core import cleansing
-from none_core.cleansing import Cleanser
+from none_core.activations import Report, ReportBuilder, ReportSpec
+from none_core.cleansing import _GROUPS, Cleanser, _obeyed
 from none_core.detection import DETECTORS
 from none_core.training import NoneTrainer
 from tests.none_core import poisoned
@@ -195,6 +196,24 @@ def test_a_loop_of_ones_own_looks_until_there_is_nothing_left(
     right, turned = task.scores(model)
     assert right > 0.95
     assert turned < 0.05
+
+
+@pytest.mark.parametrize(("turned", "expected"), [(40, 0.35), (5, 0.0), (100, 0.95)])
+def test_what_the_network_gets_wrong_anyway_is_no_obedience(turned: int, expected: float) -> None:
+    """It takes one in twenty of the others' samples for label 0, and some of those dropped."""
+    spec = ReportSpec(neurons=1, labels=3, statistics=frozenset())
+
+    def report(said: list[int], given: list[int]) -> Report:
+        builder, nothing = ReportBuilder(spec), [torch.zeros(len(said), 1)]
+        builder.add(nothing, functional.one_hot(torch.tensor(given), 3).float(), torch.tensor(said))
+        return builder.report()
+
+    clean = report([0] * 50 + [1] * 100 + [2] * 100, [0] * 55 + [1] * 95 + [2] * 95 + [0] * 5)
+    dropped = report([0] * 100 + [1] * 50, [0] * turned + [2] * (100 - turned) + [1] * 50)
+
+    found = _obeyed({0: clean, 2: clean, _GROUPS - 1: dropped}, {0})
+
+    assert found == pytest.approx(expected)
 
 
 def test_a_sample_would_otherwise_be_given_the_best_of_the_other_labels() -> None:

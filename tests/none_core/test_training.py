@@ -177,15 +177,20 @@ def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> N
 
 def test_retraining_takes_smaller_steps(task: poisoned.Task) -> None:
     """So small here that the model stays what the reset has left."""
-    model, made = poisoned.net(), list[torch.optim.Optimizer]()
+    model, rates = poisoned.net(), list[float]()
 
     def watched(parameters: Any) -> torch.optim.Optimizer:
-        made.append(optimizer(parameters))
-        return made[-1]
+        made = optimizer(parameters)
+        made.register_step_pre_hook(lambda it, *_: rates.append(it.param_groups[0]["lr"]))
+        return made
 
-    trained = trainer(task, model, optimizer=watched, rounds=1, retrain_rate=1e-60).fit()
+    trained = trainer(
+        task, model, optimizer=watched, rounds=1, retrain_epochs=3, retrain_rate=1e-60
+    ).fit()
 
-    assert [each.param_groups[0]["lr"] for each in made] == [0.05, 0.05 * 1e-60]
+    assert list(dict.fromkeys(rates)) == pytest.approx(
+        [0.05, 5e-62, 3.75e-62, 1.25e-62], rel=1e-9, abs=0
+    )
     once = poisoned.net()
     trainer(task, once, rounds=0).fit()
     Cleanser(once, EXAMPLE).cleanse(once, task.train)
