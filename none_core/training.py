@@ -114,7 +114,7 @@ class NoneTrainer:
         loss: Loss = functional.cross_entropy,
         epochs: int = 20,
         retrain_epochs: int = 8,
-        retrain_rate: float = 0.1,
+        retrain_rate: float = 0.05,
         rounds: int = 3,
         batch_size: int = 64,
         seed: int = 0,

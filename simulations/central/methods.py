@@ -39,7 +39,7 @@ class NoneDefense(Baseline):
     reset: str = "zero"
     rounds: int = 3
     retrain_epochs: int = 8
-    retrain_rate: float = 0.1
+    retrain_rate: float = 0.05
 
     def validate(self) -> None:
         """Check the fields."""

@@ -157,8 +157,8 @@ def test_the_device_and_every_setting_of_the_method_make_the_folder(write: Any) 
     other = Plan(write(), Path("results"), device="cuda").cells(1)
     assert not {cell.folder for cell in first} & {cell.folder for cell in other}
     settings = first[-1].run.identity()["method"]
-    assert settings["retrain_rate"] == 0.1
-    said = HEAD.replace('method.name = "none"', 'method = { name = "none", retrain_rate = 0.1 }')
+    assert settings["retrain_rate"] == 0.05
+    said = HEAD.replace('method.name = "none"', 'method = { name = "none", retrain_rate = 0.05 }')
     assert Plan(write(head=said), Path("results")).cells(1)[-1].folder == first[-1].folder
 
 
