@@ -72,7 +72,11 @@ class _Found:
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    name = plan.path.stem
+    name, seeds = plan.path.stem, [", ".join(map(str, plan.file.seeds))]
+    for block in plan.file.rows:
+        if block.seeds:
+            own = ", ".join(map(str, block.seeds))
+            seeds.extend(f"{row}: {own}" for row in plan.rows(block))
     yield f"# The paper's tables: {name}"
     yield ""
     yield (
@@ -85,8 +89,8 @@ def _head(plan: Plan) -> Iterator[str]:
         "BA is the share of test images that are classified correctly. ASR is the share of stamped "
         "test images, of those that the attacker wants anything of, that are given the answer "
         "that the attacker wants. Both in percent: means over the seeds "
-        f"({', '.join(map(str, plan.file.seeds))}) that are finished, with the worst and their "
-        "number in brackets if there are several."
+        f"({'; '.join(seeds)}) that are finished, with the worst and their number in brackets if "
+        "there are several."
     )
 
 
