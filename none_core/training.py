@@ -87,7 +87,7 @@ class NoneTrainer:
     loss : callable
         ``(logits, labels) -> mean loss``.
     epochs : int
-        Passes over the samples before the first look, >= 1.
+        Passes over the samples before the first look, >= 0; at 0 the model is trained already.
     retrain_epochs : int
         Passes after each look that found something, >= 1.
     rounds : int
@@ -121,7 +121,7 @@ class NoneTrainer:
         checkpoint: Path | None = None,
     ) -> None:
         for name, value, least in (
-            ("epochs", epochs, 1),
+            ("epochs", epochs, 0),
             ("retrain_epochs", retrain_epochs, 1),
             ("rounds", rounds, 0),
             ("batch_size", batch_size, 1),

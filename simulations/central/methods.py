@@ -12,7 +12,7 @@ from none_core.detection import DETECTORS
 from none_core.neurons import HOWS
 from none_core.training import NoneTrainer
 from simulations.central import baselines
-from simulations.central.baselines.base import Baseline, require, sgd
+from simulations.central.baselines.base import Baseline, require, sgd, undefended
 from simulations.central.setting import Outcome, Setting
 from tasks.models import as_input
 
@@ -51,8 +51,8 @@ class NoneDefense(Baseline):
         require(self.retrain_rate > 0, "retrain_rate", self.retrain_rate, "> 0")
 
     def train(self, setting: Setting) -> Outcome:
-        """Train and cleanse."""
-        model, schedule = setting.model_fn(), setting.schedule
+        """Train as an undefended run does, cleanse, and train on."""
+        model, schedule = undefended(setting), setting.schedule
         prepare = partial(as_input, model)
         cleanser = Cleanser(
             model,
@@ -67,7 +67,7 @@ class NoneDefense(Baseline):
             TensorDataset(setting.images, setting.labels),
             cleanser,
             lambda parameters: sgd(parameters, schedule),
-            epochs=schedule.epochs,
+            epochs=0,
             retrain_epochs=self.retrain_epochs,
             retrain_rate=self.retrain_rate,
             rounds=self.rounds,

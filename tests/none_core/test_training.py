@@ -66,6 +66,17 @@ def test_without_an_attack_it_is_ordinary_training() -> None:
     assert not trained.dropped.size
 
 
+def test_a_model_that_is_trained_already_is_cleansed_as_one_that_it_trains(
+    task: poisoned.Task,
+) -> None:
+    model, other = poisoned.net(), poisoned.net()
+    trainer(task, model, rounds=0).fit()
+    trained = trainer(task, model, epochs=0).fit()
+    assert trained.dropped.size
+    trainer(task, other).fit()
+    assert same(model, other)
+
+
 def test_with_no_look_it_is_the_loop_that_everybody_writes(task: poisoned.Task) -> None:
     by_hand, model = poisoned.net(), poisoned.net()
     trainer(task, model, rounds=0, epochs=2).fit()

@@ -16,7 +16,7 @@ from simulations.central.baselines.dp_sgd import DpSgd
 from simulations.central.baselines.fine_pruning import FinePruning
 from simulations.central.baselines.nad import NeuralAttentionDistillation
 from simulations.central.baselines.plain import Plain
-from simulations.central.methods import METHODS
+from simulations.central.methods import METHODS, NoneDefense
 from simulations.central.setting import Setting
 from tasks.training import train
 from tests.simulations.central.toys import network, predicted, quadrants, toy, weights
@@ -62,6 +62,16 @@ def test_undefended_training_is_plain_training() -> None:
     )  # fmt: skip
 
     assert torch.equal(weights(METHODS["undefended"](setting).model), weights(model))
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_none_that_finds_nothing_ends_with_the_undefended_model(rounds: int) -> None:
+    setting = small()
+    outcome = NoneDefense(rounds=rounds)(setting)
+    assert torch.equal(weights(outcome.model), weights(METHODS["undefended"](setting).model))
+    assert len(outcome.looks) == rounds
+    assert outcome.dropped is not None
+    assert not outcome.dropped.size
 
 
 def test_undefended_training_learns_the_task_and_the_backdoor() -> None:
