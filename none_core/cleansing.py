@@ -347,7 +347,7 @@ def _obeyed(reports: Mapping[int, Report], labels: Collection[int]) -> float:
     given = sum((report["predictions"] for report in others), np.zeros_like(last["predictions"]))
     foreign = given.sum() - given[rows].sum(1)
     wrongly = (given.sum(0)[rows] - given[rows, rows]) / np.maximum(1, foreign)
-    right = last["predictions"][rows, rows] - wrongly * last.counts[rows]
+    right = np.maximum(0, last["predictions"][rows, rows] - wrongly * last.counts[rows])
     return float(right.sum() / max(1, last.counts[rows].sum()))
 
 

@@ -247,6 +247,7 @@ class NoneTrainer:
         names = ("epochs", "retrain_epochs", "retrain_rate", "rounds", "batch_size", "seed")
         return {
             **{name: getattr(self, name) for name in names},
+            "pace": "cosine",
             "samples": len(self.dataset),  # type: ignore[arg-type]
             "detector": self.cleanser.detector.name,
             "strength": self.cleanser.strength,

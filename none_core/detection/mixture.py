@@ -71,7 +71,7 @@ class Mixture(Detector):
        before, only their pairs are, and if their remainder is ``strange`` times the ordinary one:
        poisoned samples may still look like their label, and odd ones not be poisoned. As near
        duplicates vary little and still say no more about their class, such samples count as varying
-       no less than their label's do.)
+       no less than the others of their label.)
     4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
        leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
        are an ordinary blend.
@@ -146,23 +146,18 @@ class Mixture(Detector):
         means = [summaries[c].mean for c in clients]
         variances = [summaries[c].variance for c in clients]
         clean_mean = robust_class_statistic(means, counts, self.min_clients)
-        clean_variance = robust_class_statistic(variances, counts, self.min_clients)
-        deviation = np.sqrt(clean_variance)
+        deviation = np.sqrt(robust_class_statistic(variances, counts, self.min_clients))
+        apart = None
         if recent.apart is not None:
-            variances = [
-                _no_less(variance, clean_variance, [k for i, k in recent.apart if i == c])
-                for c, variance in zip(clients, variances, strict=True)
-            ]
+            apart = np.array([[(c, k) in recent.apart for k in labels] for c in clients])
+            variances = _no_less(variances, counts, apart)
 
         scale = layer_scale(clean_mean, layer_of)
         unmixed = unmix(means, variances, counts, clean_mean, scale)
-        if recent.apart is None:
-            suspected = self._suspected(unmixed.foreign)
-            ordinary = _median(unmixed.surprise[~suspected])
-        else:
-            suspected = np.array([[(c, k) in recent.apart for k in labels] for c in clients])
-            ordinary = _median(unmixed.surprise[~suspected])
-            suspected &= unmixed.surprise > self.strange * ordinary
+        suspected = self._suspected(unmixed.foreign) if apart is None else apart
+        ordinary = _median(unmixed.surprise[~suspected])
+        if apart is not None:
+            suspected = apart & (unmixed.surprise > self.strange * ordinary)
         alive = suspected & (unmixed.surprise > self.alive * ordinary)
 
         def remainder(i: int, k: int) -> FloatArray:
@@ -309,12 +304,19 @@ def unmix(
 
 
 def _no_less(
-    variance: NDArray[np.float32], least: FloatArray, rows: list[int]
-) -> NDArray[np.float32]:
-    """Raise some rows to the least, where that is known."""
-    raised = variance.copy()
-    raised[rows] = np.fmax(variance[rows], least[rows])
-    return raised
+    variances: list[NDArray[np.float32]], counts: NDArray[np.int64], apart: NDArray[np.bool_]
+) -> list[NDArray[np.float32]]:
+    """Raise the variance of some pairs to that of their label within all other clients."""
+    others = (counts > 0) & ~apart
+    squares: FloatArray = np.zeros(variances[0].shape)
+    for rest, number, variance in zip(others, counts, variances, strict=True):
+        squares += np.where(rest[:, None], number[:, None] * variance, 0)
+    freedom = np.where(others, counts - 1, 0).sum(0)[:, None]
+    usual = np.divide(squares, freedom, out=np.zeros(squares.shape), where=freedom > 0)
+    return [
+        np.where(pairs[:, None], np.fmax(variance, usual), variance)
+        for pairs, variance in zip(apart, variances, strict=True)
+    ]
 
 
 def _median(surprise: FloatArray) -> float:

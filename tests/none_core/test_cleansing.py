@@ -211,9 +211,11 @@ def test_what_the_network_gets_wrong_anyway_is_no_obedience(turned: int, expecte
     clean = report([0] * 50 + [1] * 100 + [2] * 100, [0] * 55 + [1] * 95 + [2] * 95 + [0] * 5)
     dropped = report([0] * 100 + [1] * 50, [0] * turned + [2] * (100 - turned) + [1] * 50)
 
-    found = _obeyed({0: clean, 2: clean, _GROUPS - 1: dropped}, {0})
+    reports = {0: clean, 2: clean, _GROUPS - 1: dropped}
 
-    assert found == pytest.approx(expected)
+    assert _obeyed(reports, {0}) == pytest.approx(expected)
+    # All 50 of label 1 obey, and no label makes up for what another does.
+    assert _obeyed(reports, {0, 1}) == pytest.approx((100 * expected + 50) / 150)
 
 
 def test_a_sample_would_otherwise_be_given_the_best_of_the_other_labels() -> None:

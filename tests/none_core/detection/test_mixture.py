@@ -16,7 +16,13 @@ from scipy.optimize import nnls
 from none_core.activations import LABEL_HISTOGRAMS, Report, ReportSpec, decode_report
 from none_core.detection import Mixture
 from none_core.detection.base import Recent, upper_break, upper_breaks
-from none_core.detection.mixture import Summary, layer_scale, robust_class_statistic, unmix
+from none_core.detection.mixture import (
+    Summary,
+    _no_less,
+    layer_scale,
+    robust_class_statistic,
+    unmix,
+)
 from tests.none_core.detection.toys import (
     ATTACKERS,
     CLASSES,
@@ -534,3 +540,20 @@ def test_near_duplicates_of_one_odd_sample_are_not_foreign_and_poisoned_ones_are
     assert [(s.client, s.label) for s in detection.suspicions] == [(4, 0)] * foreign
     assert detection.alive == foreign
     assert np.array_equal(summaries[4].variance[0], np.float32(variances[4, 0]))  # left as it was
+
+
+def test_the_others_variance_is_pooled_and_raises_only_what_was_told_apart() -> None:
+    rng = np.random.default_rng(1)
+    groups = [rng.normal(size=(n, 3)) for n in (3, 5, 4)]
+    variances = [np.stack([g.var(0), np.full(3, np.nan)]).astype(np.float32) for g in groups]
+    variances[2][0] /= [4, 9, 0.01]
+    counts = np.array([[3, 0], [5, 0], [4, 0]])
+    apart = np.array([[False, False], [False, False], [True, True]])
+
+    one, two, raised = _no_less(variances, counts, apart)
+
+    within = [(g - g.mean(0)) ** 2 for g in groups[:2]]
+    pooled = np.concatenate(within).sum(0) / (3 + 5 - 2)
+    np.testing.assert_array_equal(one, variances[0])
+    np.testing.assert_array_equal(two, variances[1])
+    np.testing.assert_allclose(raised[0], np.maximum(pooled, variances[2][0]), rtol=1e-6)
