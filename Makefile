@@ -85,6 +85,7 @@ lint: $(INSTALLED)
 audit: $(INSTALLED)
 	$(PY) -m bandit --quiet --configfile pyproject.toml --recursive $(ROOMS)
 	$(PY) .ci/audit.py constraints.txt
+	$(PY) .ci/audit.py docker/cuda.lock
 
 export FUZZ_SEED ?= 0
 fuzz: $(INSTALLED)

@@ -17,5 +17,12 @@ mmdebstrap --variant=minbase --include="$packages" bookworm - \
 	| docker import --change 'ENV PIP_BREAK_SYSTEM_PACKAGES=1' - "$name"
 
 echo "fetching wheels into docker/wheelhouse"
-python3.11 -m pip download --quiet --only-binary :all: --dest docker/wheelhouse \
-	-c constraints.txt -r docker/requirements.txt
+# The versions of the locks; their hashes are compared when the image is made.
+fetch() {
+	python3.11 -m pip download --quiet --only-binary :all: --no-deps --dest docker/wheelhouse "$@"
+}
+fetch -c constraints.txt torch
+fetch --require-hashes -r docker/requirements.lock
+if ! ls docker/wheelhouse/torch-*+cpu*.whl >/dev/null 2>&1; then
+	fetch --require-hashes -r docker/cuda.lock
+fi

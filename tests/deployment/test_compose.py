@@ -172,6 +172,34 @@ def test_nothing_is_installed_into_the_image_but_what_the_locks_hold() -> None:
     assert files == {file.name for file in (ROOT / "docker").glob("*.lock")}
 
 
+@pytest.mark.parametrize(("version", "cuda"), [("2.13.0+cpu", False), ("2.13.0", True)])
+@pytest.mark.parametrize("wheels", [False, True])
+def test_cudas_libraries_are_installed_with_a_torch_that_needs_them(
+    tmp_path: Path, version: str, cuda: bool, wheels: bool
+) -> None:
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    match = re.search(r"^RUN (cd /wheelhouse(?:.*\\\n)+.*)$", text, re.MULTILINE)
+    assert match is not None
+    folder, asked = tmp_path / "wheelhouse", tmp_path / "asked"
+    folder.mkdir()
+    if wheels:
+        (folder / "torch.whl").touch()
+    stand_in = tmp_path / "python"
+    shown = f"Name: torch\\nVersion: {version}\\nRequires: filelock"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nprintf "{shown}\\n"\n')
+    stand_in.chmod(0o755)
+
+    script = match[1].replace("/wheelhouse", str(folder))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["sh", "-e", "-c", script], env=environment, check=True, capture_output=True)
+
+    installs = [line for line in asked.read_text().splitlines() if " install " in line]
+    files = [re.findall(r"-r (\S+)", line) for line in installs]
+    assert files == [["requirements.lock", "torch.lock"], *([["cuda.lock"]] * cuda)]
+    assert all(("--no-index --find-links ." in line) == wheels for line in installs)
+    assert not folder.exists()
+
+
 IMPORTED = """
 import sys
 from importlib import metadata
