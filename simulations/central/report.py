@@ -76,7 +76,7 @@ def _head(plan: Plan) -> Iterator[str]:
     for block in plan.file.rows:
         if block.seeds:
             own = ", ".join(map(str, block.seeds))
-            seeds.extend(f"{row}: {own}" for row in plan.rows(block))
+            seeds.extend(f"for {row}: {own}" for row in plan.rows(block))
     yield f"# The paper's tables: {name}"
     yield ""
     yield (

@@ -196,7 +196,7 @@ def test_the_page_has_the_means_the_worst_and_the_bars_that_are_missed(
     page, table = report.write(plan, tmp_path / "docs")
 
     text = page.read_text()
-    assert "the seeds (3, 4; signs, cnn, nobody: 3) that are finished" in text
+    assert "the seeds (3, 4; for signs, cnn, nobody: 3) that are finished" in text
     assert (
         "## Bars\n\n0 are kept in every run, 4 are missed by at least one, and for 3 a run" in text
     )
