@@ -247,7 +247,7 @@ class NoneTrainer:
         names = ("epochs", "retrain_epochs", "retrain_rate", "rounds", "batch_size", "seed")
         return {
             **{name: getattr(self, name) for name in names},
-            "pace": "cosine",
+            "pace": "cosine",  # of training on; a checkpoint without it has no rates to begin from
             "samples": len(self.dataset),  # type: ignore[arg-type]
             "detector": self.cleanser.detector.name,
             "strength": self.cleanser.strength,
