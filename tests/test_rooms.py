@@ -204,7 +204,13 @@ def test_the_check_of_texts_finds_what_it_should() -> None:
         "--index-url https://" + "artifactory.example" + ".com/x",
     ):
         assert offences(bad), bad
-    for good in ("$HOME/" + "root", "a/work/b", "https://example.org/" + "home/x", "/data", "pip install x"):
+    for good in (
+        "$HOME/" + "root",
+        "a/work/b",
+        "https://example.org/" + "home/x",
+        "/data",
+        "pip install x",
+    ):
         assert not offences(good), good
 
 
