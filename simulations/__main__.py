@@ -6,7 +6,7 @@ import argparse
 import fnmatch
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,29 +67,31 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def matrix(arguments: argparse.Namespace) -> int:
     """Run many experiments, in parallel and only what is not finished; tables and a page of all."""
-    from simulations import config, matrix, matrix_report, pool, results
+    from simulations import config, known, matrix, matrix_report, pool, results
 
     progress = Console(stderr=True, quiet=arguments.quiet)
     out = arguments.out or Path("results/matrix")
     try:
         plan = matrix.Matrix(arguments.file, out, arguments.data_root)
         cells = plan.cells(everything=arguments.all)
-    except config.ConfigError as error:
+        rows = known.read(arguments.known) if arguments.known else {}
+    except (config.ConfigError, results.ResultError) as error:
         return fail(str(error), CONFIGURATION)
     chosen = [cell for cell in cells if fnmatch.fnmatch(str(cell), f"*{arguments.only}*")]
     if not chosen:
         return fail(f"--only {arguments.only} matches no cell", CONFIGURATION)
     if arguments.list:
-        return _list_jobs([(cell, cell.experiment) for cell in chosen], arguments.workers)
+        jobs = [(cell, cell.experiment) for cell in chosen]
+        return _list_jobs(jobs, arguments.workers, elsewhere=rows)
     failures: dict[str, str] = {}
     try:
         if not arguments.report_only:
-            experiments = [cell.experiment for cell in chosen]
+            experiments = [c.experiment for c in chosen if c.folder.name not in rows]
             failures = pool.run(experiments, out, progress, arguments.workers)
-        if not any(pool.finished(cell.folder) for cell in cells):
+        if not any(pool.finished(cell.folder) or cell.folder.name in rows for cell in cells):
             _list_failures(failures, out)
             return fail("no cell is finished, so there is nothing to write about", FAILED)
-        files = matrix_report.write(plan, cells, arguments.docs)
+        files = matrix_report.write(plan, cells, arguments.docs, rows)
     except pool.BusyError as error:
         return fail(str(error), CONFIGURATION)
     except (OSError, results.ResultError) as error:
@@ -110,7 +112,7 @@ def table(arguments: argparse.Namespace) -> int:
         if arguments.device != "cpu":
             return fail("table 7 is a matrix, which runs on the CPU", CONFIGURATION)
         arguments.file = arguments.file or EXPERIMENTS / f"{name}-federated.toml"
-        arguments.all, arguments.only = False, ""
+        arguments.all, arguments.only, arguments.known = False, "", None
         return matrix(arguments)
     file = arguments.file or EXPERIMENTS / f"{name}.toml"
     progress = Console(stderr=True, quiet=arguments.quiet)
@@ -148,7 +150,9 @@ def _list_failures(failures: Mapping[str, str], out: Path) -> int:
     return FAILED if failures else 0
 
 
-def _list_jobs(jobs: Sequence[tuple[object, pool.Job]], workers: int | None) -> int:
+def _list_jobs(
+    jobs: Sequence[tuple[object, pool.Job]], workers: int | None, elsewhere: Container[str] = ()
+) -> int:
     """Print each job by its name, with its state and the time that it will take."""
     from simulations import durations, pool
 
@@ -158,7 +162,7 @@ def _list_jobs(jobs: Sequence[tuple[object, pool.Job]], workers: int | None) -> 
             known.add(job, job.folder)
     for name, job in jobs:
         state = "finished"
-        if not pool.finished(job.folder):
+        if not pool.finished(job.folder) and job.folder.name not in elsewhere:
             left[job.folder] = known.expected(job)
             state = "failed" if pool.failed(job.folder) else "to run"
             state += f", {durations.spell(left[job.folder])}"
@@ -199,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("file", type=Path, metavar="FILE.toml")
     many.add_argument("--all", action="store_true", help="the product of all axes as well")
     many.add_argument("--only", default="", help="cells that match this, as --list writes them")
+    many.add_argument(
+        "--known",
+        type=Path,
+        metavar="DOCS",
+        help="folder with tables of runs made elsewhere: what this code has made is not run again",
+    )
     _add_pool_options(many)
     many.set_defaults(command=matrix)
 

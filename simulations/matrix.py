@@ -23,11 +23,11 @@ _TABLE = {axis: f"{axis}s" for axis in AXES}
 MEASURES = (
     *("ba_final", "asr_final", "recovered_final", "ba_worst_last5", "asr_worst_last5"),
     *("neurons_reset", "suspected_precision", "suspected_recall"),
-    *("quarantined_precision", "quarantined_recall", "honest_quarantined"),
+    *("quarantined_precision", "quarantined_recall", "honest_quarantined", "attackers_late"),
     *("filter_precision", "filter_recall", "certified", "supported", "contested"),
     *(
         f"{score}_{side}_{other}"
-        for score in ("ba", "asr", "recovered")
+        for score in ("ba", "asr", "recovered", "ba_worst", "asr_worst")
         for side in ("above", "below")
         for other in ("clean", "undefended")
     ),
@@ -66,7 +66,8 @@ class Bar(BaseModel):
 
     Scores are in percent. ``ba_below_clean_max = 1.0`` compares with the undefended run without an
     attacker, and ``asr_above_undefended_max`` with the undefended run under the same attack, seed
-    by seed.
+    by seed; ``ba_worst_...`` and ``asr_worst_...`` compare the worst of the last five rounds with
+    the other run's worst.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)

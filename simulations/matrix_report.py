@@ -24,10 +24,16 @@ LABELS = {
     "asr_worst_last5": "worst ASR of the last 5 rounds",
     "neurons_reset": "neurons reset",
     "honest_quarantined": "honest clients quarantined",
+    "attackers_late": "attackers not quarantined in time",
     "ba_below_clean": "BA lost",
     "asr_above_clean": "ASR above that without an attacker",
+    "ba_worst_below_clean": "BA lost, worst of the last 5 rounds",
+    "asr_worst_above_clean": "ASR above that without an attacker, worst of the last 5 rounds",
 }
-COUNTED = {"neurons_reset", "honest_quarantined"}  # everything else is in percent
+COUNTED = {"neurons_reset", "honest_quarantined", "attackers_late"}  # all else is in percent
+# An attack takes effect when so many stamped images are misled, and an attacker is late when so
+# many rounds after that it has not been quarantined.
+EFFECT, IN_TIME = 0.1, 5
 
 
 class Findings:
@@ -38,10 +44,14 @@ class Findings:
     matrix : Matrix
     cells : sequence of Cell
         What the page is about.
+    known : mapping of str to Row, optional
+        Rows of runs that were made elsewhere, by the names of their folders; see `known.read`.
     """
 
-    def __init__(self, matrix: Matrix, cells: Sequence[Cell]) -> None:
-        self.matrix, self.cells = matrix, cells
+    def __init__(
+        self, matrix: Matrix, cells: Sequence[Cell], known: Mapping[str, Row] | None = None
+    ) -> None:
+        self.matrix, self.cells, self.known = matrix, cells, known or {}
         self._read: dict[Path, Row | None] = {}
         self._seeds: dict[Point, list[int]] = {}
         for cell in cells:
@@ -56,7 +66,8 @@ class Findings:
         """Return what a cell measured, or None if it is not finished."""
         if cell.folder not in self._read:
             done = pool.finished(cell.folder)
-            self._read[cell.folder] = measured(results.load(cell.folder)) if done else None
+            elsewhere = self.known.get(cell.folder.name)
+            self._read[cell.folder] = measured(results.load(cell.folder)) if done else elsewhere
         return self._read[cell.folder]
 
     def rows(self, point: Point) -> dict[int, Row]:
@@ -91,13 +102,15 @@ class Findings:
         """Return a measure of each finished seed, as the bounds of bars name them."""
         rows = self.rows(point)
         score, _, rest = name.partition("_")
-        side, _, other = rest.partition("_")
+        worst = rest.startswith("worst_") and rest != "worst_last5"
+        side, _, other = rest.removeprefix("worst_").partition("_")
         if side not in ("above", "below"):
             return {s: row[name] for s, row in rows.items() if row[name] is not None}
+        compared = f"{score}_worst_last5" if worst else f"{score}_final"
         against = self.rows(self.clean(point) if other == "clean" else self.undefended(point))
         sign = 1 if side == "above" else -1
         return {
-            seed: sign * (row[f"{score}_final"] - against[seed][f"{score}_final"])
+            seed: sign * (row[compared] - against[seed][compared])
             for seed, row in rows.items()
             if seed in against
         }
@@ -128,6 +141,7 @@ def measured(result: Mapping[str, Any]) -> Row:
         f"{client}:{first[client]}" for client in sorted(malicious & set(first))
     )
     row["honest_quarantined"] = len(set(first) - malicious)
+    row["first_effective"], row["attackers_late"] = _late(rounds, malicious, first)
     for name in ("precision", "recall"):
         row[f"filter_{name}"] = _percent(result["filter"][name])
     certificates = result.get("certificates", {})
@@ -135,14 +149,35 @@ def measured(result: Mapping[str, Any]) -> Row:
     for name in _CERTIFICATES:
         row[name] = _percent(certificates.get(name, 0) / decisions) if decisions else None
     row["bytes"] = sum(sum(entry["bytes"].values()) for entry in rounds)
+    row["code"] = result.get("versions", {}).get("code", "")
     row["seconds"] = result["timing"]["seconds"]
     return row
+
+
+def _late(
+    rounds: Sequence[Mapping[str, Any]], malicious: set[int], first: Mapping[int, int]
+) -> tuple[int | None, int]:
+    """Return when the attack first took effect, and how many attackers were not out in time."""
+    effective = (e["round"] for e in rounds[1:] if malicious and e["asr"] >= EFFECT)
+    begin = next(effective, None)
+    last = rounds[-1]["round"]
+    if begin is None:
+        return None, 0
+    due = begin + IN_TIME
+    return begin, sum(
+        first.get(client, last + 1) > due for client in malicious
+    ) if due <= last else 0
 
 
 _CERTIFICATES = ("certified", "supported", "contested")
 
 
-def write(matrix: Matrix, cells: Sequence[Cell], docs: Path) -> list[Path]:
+def write(
+    matrix: Matrix,
+    cells: Sequence[Cell],
+    docs: Path,
+    known: Mapping[str, Row] | None = None,
+) -> list[Path]:
     """Write the tables, the figures and the page.
 
     Parameters
@@ -152,8 +187,10 @@ def write(matrix: Matrix, cells: Sequence[Cell], docs: Path) -> list[Path]:
         All that the page is about, finished or not.
     docs : Path
         Folder of the files that ``[report]`` names.
+    known : mapping of str to Row, optional
+        Rows of runs that were made elsewhere.
     """
-    found, names = Findings(matrix, cells), matrix.file.report
+    found, names = Findings(matrix, cells, known), matrix.file.report
     (docs / "images").mkdir(parents=True, exist_ok=True)
     verdicts = [verdict for bar in matrix.file.bars for verdict in judge(found, bar)]
     tidy, timing = tidied(found)
@@ -392,6 +429,9 @@ class Page:
         state = f"{done} of {len(runs)} runs are finished"
         if broken:
             state += f", {broken} failed"
+        codes = {row["code"] for row in map(found.row, found.cells) if row is not None}
+        if len(codes) > 1:
+            state += f" (**by {len(codes)} versions of the code**: column `code` of the table)"
         return (
             f"Written by `python -m simulations matrix {_shown(found.matrix.path)}`: {state}. "
             f"Scores are in percent of {self._images()}. BA: accuracy on clean images. ASR: "

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from simulations import identity
+
 HISTORY = "history.json"
 RESULT = "result.json"
 TIMING = "timing.json"
@@ -106,9 +108,9 @@ def left_out(result: Mapping[str, Any]) -> list[int]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that numbers may depend on."""
+    """Return the versions that numbers may depend on, and a digest of our own code."""
     packages = ("none-defense", "flwr", "torch", "numpy", "scipy")
-    found = {"python": platform.python_version()}
+    found = {"code": identity.code(), "python": platform.python_version()}
     for package in packages:
         try:
             found[package] = metadata.version(package)

@@ -16,7 +16,7 @@ NOT_RUN = "not run"
 COLUMNS = (
     *("tables", "task", "model", "attack", "method", "seed", "ba", "asr", "recovered"),
     *("poisoned", "dropped", "precision", "recall", "looks", "neurons_reset", "reasr"),
-    *("device", "seconds"),
+    *("device", "code", "seconds"),
 )
 Measured = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def write(plan: Plan, docs: Path) -> list[Path]:
     if all(found.measured(cell) is None for cell in cells):
         raise results.ResultError("no run is finished, so there is nothing to write about")
     docs.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(["\n".join(_head(plan)), *_missed(found), *_tables(found)])
+    text = "\n\n".join(["\n".join(_head(found)), *_missed(found), *_tables(found)])
     return [
         results.write_text(docs / f"{plan.path.stem}.md", text + "\n"),
         results.write_text(docs / f"{plan.path.stem}.csv", _csv(found)),
@@ -64,6 +64,13 @@ class _Found:
             self._read[cell.folder] = results.load(cell.folder) if done else None
         return self._read[cell.folder]
 
+    @property
+    def codes(self) -> set[str]:
+        """Digests of the code that has made the finished runs."""
+        cells = (cell for number in self.plan.tables for cell in self.plan.cells(number))
+        runs = (self.measured(cell) for cell in cells)
+        return {run["versions"].get("code", "") for run in runs if run is not None}
+
     def of(self, block: Block, row: Row, method: str) -> list[Measured]:
         """Return what the finished seeds of a method measured."""
         seeds = block.seeds or self.plan.file.seeds
@@ -71,7 +78,8 @@ class _Found:
         return [measured for measured in each if measured is not None]
 
 
-def _head(plan: Plan) -> Iterator[str]:
+def _head(found: _Found) -> Iterator[str]:
+    plan = found.plan
     name, seeds = plan.path.stem, [", ".join(map(str, plan.file.seeds))]
     for block in plan.file.rows:
         if block.seeds:
@@ -92,6 +100,12 @@ def _head(plan: Plan) -> Iterator[str]:
         f"({'; '.join(seeds)}) that are finished, with the worst and their number in brackets if "
         "there are several."
     )
+    if len(found.codes) > 1:
+        yield ""
+        yield (
+            f"**{len(found.codes)} versions of the code have made these runs** (column `code` of "
+            "the file)."
+        )
 
 
 # --- bars -----------------------------------------------------------------------------------------
@@ -291,5 +305,6 @@ def _line(cell: Cell, measured: Measured, tables: Sequence[int]) -> dict[str, An
         "neurons_reset": sum(look["reset"] for look in looks),
         "reasr": " ".join(f"{size}:{rate:.4f}" for size, rate in measured.get("reasr", {}).items()),
         "device": measured["device"],
+        "code": measured["versions"].get("code", ""),
         "seconds": measured["timing"]["seconds"],
     }

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simulations import results
+from simulations import identity, results
 from simulations.central.baselines.base import repeatable, undefended
 from simulations.central.config import Run
 from simulations.central.setting import Setting
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 # Streams of the seed, beside those of the methods.
 SUBSET, TRUSTED, POISON, STAMP, SEARCH = range(100, 105)
+
+identity.code()  # now, and not when a run ends: by then the files may be others
 
 
 def execute(cell: Cell) -> None:

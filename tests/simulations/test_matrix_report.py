@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from simulations import matrix_report
+from simulations import identity, matrix_report
 from simulations.__main__ import main
 from simulations.matrix import Matrix
 from tests.simulations.synthetic import invent
@@ -138,19 +138,82 @@ def test_every_cell_has_a_row_finished_or_not(plan: Matrix) -> None:
 
 
 def test_honest_clients_that_were_quarantined_are_counted() -> None:
-    rounds = [
-        {"round": n, "neurons_reset": 0, "suspected": [], "quarantined": who, "bytes": {"up": 1}}
-        for n, who in enumerate([[], [1, 5], [5]])
-    ]
-    result = dict(matrix_report._NOTHING) | {"rounds": rounds, "truth": {"malicious": [1, 2]}}
-
-    row = matrix_report.measured(result)
+    row = matrix_report.measured(_of_rounds([[], [1, 5], [5]], malicious=[1, 2]))
 
     assert (row["quarantined_precision"], row["quarantined_recall"]) == (50, 50)
     assert row["honest_quarantined"] == 1
     assert row["first_quarantined"] == "1:1"
     assert row["suspected_precision"] is None
     assert row["certified"] is None
+
+
+def _of_rounds(
+    quarantined: list[list[int]], malicious: list[int], asr: list[float] | None = None
+) -> dict[str, Any]:
+    """Make a result of rounds with these clients in quarantine, and this success."""
+    rounds = [
+        {"round": n, "neurons_reset": 0, "suspected": [], "quarantined": who, "bytes": {"up": 1}}
+        | {"asr": (asr or [0.0] * len(quarantined))[n]}
+        for n, who in enumerate(quarantined)
+    ]
+    return dict(matrix_report._NOTHING) | {"rounds": rounds, "truth": {"malicious": malicious}}
+
+
+@pytest.mark.parametrize(
+    ("asr", "out", "begin", "late"),
+    [
+        ([0.0] * 12, {}, None, 0),  # no effect, nobody late
+        ([0.5, *[0.0] * 11], {}, None, 0),  # the initial model is nobody's doing
+        ([0.0, 0.0, 0.2, *[0.9] * 9], {}, 2, 2),
+        ([0.0, 0.0, 0.2, *[0.9] * 9], {1: 7}, 2, 1),
+        ([0.0, 0.0, 0.2, *[0.9] * 9], {1: 7, 2: 8}, 2, 1),
+        ([0.0, 0.0, 0.2, *[0.9] * 9], {1: 1, 2: 7}, 2, 0),
+        ([*[0.0] * 8, *[0.9] * 4], {}, 8, 0),  # there is still time
+    ],
+)
+def test_an_attacker_is_late_five_rounds_after_the_attack_took_effect(
+    asr: list[float], out: dict[int, int], begin: int | None, late: int
+) -> None:
+    quarantined = [[c for c, since in out.items() if n >= since] for n in range(12)]
+
+    row = matrix_report.measured(_of_rounds(quarantined, malicious=[1, 2], asr=asr))
+
+    assert (row["first_effective"], row["attackers_late"]) == (begin, late)
+
+
+def test_nobody_is_late_where_nobody_attacks() -> None:
+    row = matrix_report.measured(_of_rounds([[], [], []], malicious=[], asr=[0.0, 0.4, 0.4]))
+
+    assert (row["first_effective"], row["attackers_late"]) == (None, 0)
+
+
+def test_the_worst_rounds_are_compared_with_the_other_runs_worst(plan: Matrix) -> None:
+    found = matrix_report.Findings(plan, plan.cells())
+    point = next(p for p in found.points if (p.attack, p.defense) == ("t1", "none"))
+
+    lost, more = (
+        found.measure(point, name) for name in ("ba_worst_below_clean", "asr_worst_above_clean")
+    )
+
+    ours, clean = found.rows(point), found.rows(found.clean(point))
+    for seed in (0, 1):
+        expected = clean[seed]["ba_worst_last5"] - ours[seed]["ba_worst_last5"]
+        assert lost[seed] == pytest.approx(expected)
+        expected = ours[seed]["asr_worst_last5"] - clean[seed]["asr_worst_last5"]
+        assert more[seed] == pytest.approx(expected)
+        assert found.measure(point, "asr_worst_last5")[seed] == ours[seed]["asr_worst_last5"]
+
+
+def test_rows_of_other_code_are_pointed_out(plan: Matrix) -> None:
+    assert "versions of the code" not in written(plan)["results.md"]
+    result = next(cell.folder for cell in plan.cells() if cell.folder.exists()) / "result.json"
+
+    result.write_text(result.read_text().replace(identity.code(), "000000000000"))
+
+    files = written(plan)
+    assert "(**by 2 versions of the code**" in files["results.md"]
+    rows = list(csv.DictReader(files["results.csv"].splitlines()))
+    assert {row["code"] for row in rows} == {identity.code(), "000000000000", ""}
 
 
 def test_what_is_missed_comes_first(plan: Matrix) -> None:

@@ -90,8 +90,9 @@ def finish(cell: Cell, ba: float, asr: float | None = None, **more: Any) -> None
     cell.folder.mkdir(parents=True, exist_ok=True)
     judged = {"poisoned": 10, "dropped": None, "precision": None, "recall": None}
     final = {"ba": ba} | ({} if asr is None else {"asr": asr, "recovered": 0.5})
-    content = {"final": final, "filter": judged, "looks": [], "device": "cpu", **more}
-    results.write(cell.folder, content)
+    content = {"final": final, "filter": judged, "looks": [], "device": "cpu"}
+    content |= {"versions": results.versions()}
+    results.write(cell.folder, content | more)
     results.write(cell.folder, {"seconds": 2.0, "training": 1.0}, results.TIMING)
 
 
@@ -211,6 +212,11 @@ def test_the_page_has_the_means_the_worst_and_the_bars_that_are_missed(
     assert len(lines) == 5
     assert lines[-1]["neurons_reset"] == "4"
     assert {line["tables"] for line in lines} == {"1 8"}
+    assert {line["code"] for line in lines} == {results.versions()["code"]}
+    assert "versions of the code" not in text
+    finish(plan.cell(row, "none", 4), 0.9, 0.01, filter=judged, versions={"code": "other"})
+    page, _ = report.write(plan, tmp_path / "docs")
+    assert "**2 versions of the code have made these runs**" in page.read_text()
 
 
 def test_a_table_is_run_written_and_not_run_again(
