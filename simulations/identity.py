@@ -1,22 +1,15 @@
 """What makes an experiment this experiment, and the folder that its result is found in again.
 
 Settings that nothing in the experiment reads are left out: changing a default of NONE's does not
-make an undefended run another one. Which code ran it is told beside that, by a digest.
+make an undefended run another one.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parents[1]
-# What decides the numbers of a run; the rest starts it, and writes about it.
-COMPUTES = ("client", "none_core", "server", "tasks", "simulations/central")
 
 # What each strategy reads of [defense], besides `name` and `timeout`. One that is not listed is
 # taken to read everything: at worst its runs are done again without need.
@@ -118,25 +111,3 @@ def folder(identity: Mapping[str, Mapping[str, Any]]) -> str:
     nameless.pop("name")
     text = json.dumps({**identity, "experiment": nameless}, sort_keys=True)
     return f"{label(identity)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-@cache
-def code(root: Path = ROOT) -> str:
-    """Return a digest of the code that decides what a run measures.
-
-    Comments, docstrings and layout make no difference to it.
-    """
-    digest = hashlib.sha256()
-    for folder in COMPUTES:
-        for file in sorted((root / folder).rglob("*.py")):
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                _forget_docstring(node)
-            digest.update(f"{file.relative_to(root).as_posix()}\n{ast.unparse(tree)}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _forget_docstring(node: ast.AST) -> None:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-        node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]

@@ -9,7 +9,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from simulations import identity, results
+from simulations import results, sources
 
 Row = dict[str, Any]
 _TEXT = frozenset({"first_quarantined", "code"})
@@ -48,7 +48,7 @@ def read(docs: Path) -> dict[str, Row]:
     for line in (line for table in tables for line in table if line.get("state") == "finished"):
         if "seconds" in line and "code" not in line:
             seconds[line["run"]] = float(line["seconds"])
-        elif line.get("code") == identity.code():
+        elif line.get("code") == sources.digest():
             measured[line["run"]] = {k: _value(k, v) for k, v in line.items() if k not in _PLACE}
         else:
             others += "code" in line
@@ -57,7 +57,7 @@ def read(docs: Path) -> dict[str, Row]:
     }
     if not found:
         raise results.ResultError(
-            f"{docs} holds no run that this code ({identity.code()}) has made; runs of other code "
+            f"{docs} holds no run that this code ({sources.digest()}) has made; runs of other code "
             f"there: {others}"
         )
     return found

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from simulations import identity
+from simulations import sources
 
 HISTORY = "history.json"
 RESULT = "result.json"
@@ -107,10 +107,16 @@ def left_out(result: Mapping[str, Any]) -> list[int]:
     return sorted({client for entry in result["rounds"] for client in entry["quarantined"]})
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that numbers may depend on, and a digest of our own code."""
+def versions(entries: tuple[str, ...] = sources.FEDERATED) -> dict[str, str]:
+    """Return the versions that numbers may depend on, and a digest of our own code.
+
+    Parameters
+    ----------
+    entries : tuple of str
+        The files that a run begins with, see `sources.digest`.
+    """
     packages = ("none-defense", "flwr", "torch", "numpy", "scipy")
-    found = {"code": identity.code(), "python": platform.python_version()}
+    found = {"code": sources.digest(entries), "python": platform.python_version()}
     for package in packages:
         try:
             found[package] = metadata.version(package)

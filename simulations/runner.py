@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from simulations import identity, plots, progress, report, results
+from simulations import plots, progress, report, results, sources
 from simulations.config import Experiment
 from simulations.engines import FlowerError, run_flower, run_in_process
 from tasks import models
@@ -33,7 +33,7 @@ ARTEFACTS = (
     *(SNAPSHOT, NODES),
 )
 
-identity.code()  # now, and not when a run ends: by then the files may be others
+sources.digest()  # now, and not when a run ends: by then the files may be others
 
 
 class OutputError(RuntimeError):

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simulations import identity, results
+from simulations import results, sources
 from simulations.central.baselines.base import repeatable, undefended
 from simulations.central.config import Run
 from simulations.central.setting import Setting
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Streams of the seed, beside those of the methods.
 SUBSET, TRUSTED, POISON, STAMP, SEARCH = range(100, 105)
 
-identity.code()  # now, and not when a run ends: by then the files may be others
+sources.digest(sources.CENTRAL)  # now, and not when a run ends: by then the files may be others
 
 
 def execute(cell: Cell) -> None:
@@ -117,7 +117,7 @@ def _measured(
         "looks": list(outcome.looks),
         **_natural(run, outcome.model, setting, loaded),
         "device": device,
-        "versions": results.versions(),
+        "versions": results.versions(sources.CENTRAL),
     }
     return result, seconds
 

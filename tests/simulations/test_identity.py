@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from server.config import DefenseConfig
-from simulations import config, identity, results
+from simulations import config, identity
 from simulations.__main__ import main
 
 
@@ -121,8 +120,8 @@ def test_runs_that_are_taken_for_the_same_give_the_same_result(tmp_path: Path) -
         changed = [word for change in changes for word in ("--set", change)]
         assert main(["run", str(file), "--quiet", "--out", str(tmp_path / out), *changed]) == 0
 
-    first, second = ((tmp_path / out / "result.json").read_bytes() for out in ("a", "b"))
-    assert first == second
+    results = [(tmp_path / out / "result.json").read_bytes() for out in ("a", "b")]
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("limits", [{}, {"noise": 0.0}, {"min_count": 1}, {"delta": 1e-9}])
@@ -166,27 +165,3 @@ def test_another_activation_makes_another_experiment_and_the_usual_one_does_not(
     assert folder(task={"activation": "elu"}) != folder()
     assert folder(task={"activation": "relu"}) == folder()
     assert "activation" not in experiment().identity()["task"]
-
-
-def test_the_digest_of_the_code_is_of_what_it_does(tmp_path: Path) -> None:
-    def digest(text: str, where: str = "tasks/a.py") -> str:
-        file = tmp_path / where
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        identity.code.cache_clear()
-        return identity.code(tmp_path)
-
-    try:
-        first = digest('"""Does."""\n\ndef f(x):\n    """Add."""\n    return x + 1\n')
-        assert digest("def f(x):  # adds\n    return (x +\n            1)\n") == first
-        assert digest('"""Is."""\ndef f(x):  # adds\n    """Go."""\n    return (x + 1)\n') == first
-        assert digest("x = 1\n", "simulations/report.py") == first
-        assert digest("x = 1\n", "client/attacks/b.py") != first
-        assert digest('"""Does."""\ndef f(x):\n    """Add."""\n    return x + 2\n') != first
-    finally:
-        identity.code.cache_clear()
-
-
-def test_a_result_says_which_code_made_it() -> None:
-    assert results.versions()["code"] == identity.code()
-    assert re.fullmatch("[0-9a-f]{12}", identity.code())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from simulations import identity, known, matrix_report, results
+from simulations import known, matrix_report, results, sources
 from simulations.__main__ import main
 from simulations.matrix import Matrix
 from tests.simulations.synthetic import invent
@@ -92,7 +92,7 @@ def test_a_folder_without_such_rows_is_refused(plan: Matrix, text: str | None, c
     assert main(["matrix", "plan.toml", "--known", "empty", "--out", "here"]) == 2
 
     error = " ".join(capsys.readouterr().err.split())
-    assert f"empty holds no run that this code ({identity.code()}) has made" in error
+    assert f"empty holds no run that this code ({sources.digest()}) has made" in error
     assert f"runs of other code there: {int(bool(text) and 'code' in text)}" in error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from simulations import identity, matrix_report
+from simulations import matrix_report, sources
 from simulations.__main__ import main
 from simulations.matrix import Matrix
 from tests.simulations.synthetic import invent
@@ -208,12 +208,12 @@ def test_rows_of_other_code_are_pointed_out(plan: Matrix) -> None:
     assert "versions of the code" not in written(plan)["results.md"]
     result = next(cell.folder for cell in plan.cells() if cell.folder.exists()) / "result.json"
 
-    result.write_text(result.read_text().replace(identity.code(), "000000000000"))
+    result.write_text(result.read_text().replace(sources.digest(), "000000000000"))
 
     files = written(plan)
     assert "(**by 2 versions of the code**" in files["results.md"]
     rows = list(csv.DictReader(files["results.csv"].splitlines()))
-    assert {row["code"] for row in rows} == {identity.code(), "000000000000", ""}
+    assert {row["code"] for row in rows} == {sources.digest(), "000000000000", ""}
 
 
 def test_what_is_missed_comes_first(plan: Matrix) -> None:
