@@ -31,9 +31,10 @@ LABELS = {
     "asr_worst_above_clean": "ASR above that without an attacker, worst of the last 5 rounds",
 }
 COUNTED = {"neurons_reset", "honest_quarantined", "attackers_late"}  # all else is in percent
-# An attack takes effect when so many stamped images are misled, and an attacker is late when so
-# many rounds after that it has not been quarantined.
-EFFECT, IN_TIME = 0.1, 5
+# An attack takes effect when so many stamped images are misled by a model that is right about so
+# many clean ones (one that knows nothing may call everything the target), and an attacker is late
+# if it is not quarantined so many rounds after that.
+EFFECT, USEFUL, IN_TIME = 0.1, 0.5, 5
 
 
 class Findings:
@@ -158,7 +159,11 @@ def _late(
     rounds: Sequence[Mapping[str, Any]], malicious: set[int], first: Mapping[int, int]
 ) -> tuple[int | None, int]:
     """Return when the attack first took effect, and how many attackers were not out in time."""
-    effective = (e["round"] for e in rounds[1:] if malicious and e["asr"] >= EFFECT)
+    effective = (
+        entry["round"]
+        for entry in rounds[1:]
+        if malicious and entry["asr"] >= EFFECT and entry["ba"] >= USEFUL
+    )
     begin = next(effective, None)
     last = rounds[-1]["round"]
     if begin is None:

@@ -153,7 +153,7 @@ def _of_rounds(
     """Make a result of rounds with these clients in quarantine, and this success."""
     rounds = [
         {"round": n, "neurons_reset": 0, "suspected": [], "quarantined": who, "bytes": {"up": 1}}
-        | {"asr": (asr or [0.0] * len(quarantined))[n]}
+        | {"asr": (asr or [0.0] * len(quarantined))[n], "ba": 0.9 if n else 0.1}
         for n, who in enumerate(quarantined)
     ]
     return dict(matrix_report._NOTHING) | {"rounds": rounds, "truth": {"malicious": malicious}}
@@ -179,6 +179,13 @@ def test_an_attacker_is_late_five_rounds_after_the_attack_took_effect(
     row = matrix_report.measured(_of_rounds(quarantined, malicious=[1, 2], asr=asr))
 
     assert (row["first_effective"], row["attackers_late"]) == (begin, late)
+
+
+def test_a_model_that_calls_everything_the_target_is_no_effect_of_an_attack() -> None:
+    result = _of_rounds([[], [], []], malicious=[1, 2], asr=[0.0, 1.0, 0.0])
+    result["rounds"][1]["ba"] = 0.3
+
+    assert matrix_report.measured(result)["first_effective"] is None
 
 
 def test_nobody_is_late_where_nobody_attacks() -> None:
