@@ -104,6 +104,7 @@ class Report(Table):
     timing: str = "results-timing.csv"
     bars: str = "results-bars.csv"
     images: str = "matrix"
+    benchmarks: list[str] = []  # JSON files that `python -m benchmarks` wrote: shown if they exist
 
 
 class File(Table):

@@ -205,7 +205,8 @@ def write(
         lines = [bar_line(found, verdict) for verdict in verdicts]
         files.append(results.write_text(docs / names.bars, _csv(lines)))
     figures = matrix_plots.draw(found, docs / "images", names.images)
-    page = Page(found, verdicts, figures).text()
+    benchmarks = [docs / name for name in names.benchmarks]
+    page = Page(found, verdicts, figures, [file for file in benchmarks if file.exists()]).text()
     return [results.write_text(docs / names.page, page), *files, *figures.values()]
 
 
@@ -406,12 +407,19 @@ class Page:
     verdicts : sequence of Verdict
     figures : mapping of str to Path
         Title and file of each figure, below the folder of the page.
+    benchmarks : sequence of Path
+        What ``python -m benchmarks`` wrote, below that folder, to be shown.
     """
 
     def __init__(
-        self, found: Findings, verdicts: Sequence[Verdict], figures: Mapping[str, Path]
+        self,
+        found: Findings,
+        verdicts: Sequence[Verdict],
+        figures: Mapping[str, Path],
+        benchmarks: Sequence[Path] = (),
     ) -> None:
         self._found, self._verdicts, self._figures = found, verdicts, figures
+        self._benchmarks = benchmarks
 
     def text(self) -> str:
         """Write the page; what is missed comes first."""
@@ -422,6 +430,7 @@ class Page:
             *self._bars(),
             *self._tables(),
             *self._decisions(),
+            *(part for file in self._benchmarks for part in _benchmark(file)),
             *self._plots(),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
@@ -587,6 +596,28 @@ class Page:
     def _plots(self) -> list[str]:
         shown = [f"![{title}](images/{file.name})" for title, file in self._figures.items()]
         return ["## Plots", *shown] if shown else []
+
+
+def _benchmark(file: Path) -> list[str]:
+    """Write a benchmark's method, and a line for each of its cases."""
+    content = results.read(file.parent, file.name)
+    rows = [
+        {content["benchmark"]: row["case"]}
+        | {name: "" if value is None else f"{value:.3g}" for name, value in row["figures"].items()}
+        | {
+            "bar": "; ".join(
+                f"{bar['figure']} <= {bar['limit']:g}: {'held' if bar['holds'] else '**missed**'}"
+                for bar in row["bars"]
+            )
+        }
+        for row in content["rows"]
+    ]
+    title = f"## Benchmark: {content['benchmark']}"
+    return [
+        title,
+        f"`python -m benchmarks {content['benchmark']}`. {content['method']}",
+        _table(rows),
+    ]
 
 
 def field(rows: Sequence[Row], wanted: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from benchmarks.outcome import Bar, Outcome, Row
 from simulations import matrix_report, sources
 from simulations.__main__ import main
 from simulations.matrix import Matrix
@@ -221,6 +222,25 @@ def test_rows_of_other_code_are_pointed_out(plan: Matrix) -> None:
     assert "(**by 2 versions of the code**" in files["results.md"]
     rows = list(csv.DictReader(files["results.csv"].splitlines()))
     assert {row["code"] for row in rows} == {sources.digest(), "000000000000", ""}
+
+
+def test_benchmarks_are_shown_where_they_were_run(plan: Matrix) -> None:
+    report = plan.file.report.model_copy(update={"benchmarks": ["bench/a.json", "bench/b.json"]})
+    plan.file = plan.file.model_copy(update={"report": report})
+    rows = [
+        Row("10 x 4", {"s": 0.25, "ratio": None}),
+        Row("defaults", {"s": 1.5, "ratio": 1.25}, (Bar("ratio", 1.25, 1.0),)),
+    ]
+    Outcome("probes", "How.", rows).write(Path("docs/bench/a.json"))
+
+    page = written(plan)["results.md"]
+
+    assert "`python -m benchmarks probes`. How." in page
+    assert table(page, "## Benchmark: probes") == [
+        {"probes": "10 x 4", "s": "0.25", "ratio": "", "bar": ""},
+        {"probes": "defaults", "s": "1.5", "ratio": "1.25", "bar": "ratio <= 1: **missed**"},
+    ]
+    assert page.index("## Benchmark") < page.index("## Plots")
 
 
 def test_what_is_missed_comes_first(plan: Matrix) -> None:
