@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from none_core.cleansing import Cleanser, Cleansing
 from none_core.detection.base import IntArray
 
 _LOG = logging.getLogger(__name__)
+
+NORMALISATIONS = ("frozen", "running")
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], Optimizer]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +64,7 @@ class NoneTrainer:
     """Trains a classifier on samples that somebody may have poisoned.
 
     It trains, looks at the model, resets its compromised neurons, drops the samples behind them,
-    and trains on with frozen normalisation, until there is nothing left to remove::
+    and trains on, until there is nothing left to remove::
 
         trainer = NoneTrainer(model, dataset, Cleanser(model, example_input), optimizer)
         trained = trainer.fit()
@@ -84,6 +86,9 @@ class NoneTrainer:
         What the learning rates are multiplied by after a reset, > 0; from there they fall along
         half a cosine. Under frozen normalisation a network that took a large step before would
         leave all that it has learned at the same step; the published code trains on at 1e-4.
+    normalisation : {"frozen", "running"}
+        What batch normalisation does after a reset: keep the statistics that it has, as in
+        Algorithm 1, or go on measuring them, which allows a larger step.
     loss : callable
         ``(logits, labels) -> mean loss``.
     epochs : int
@@ -115,6 +120,7 @@ class NoneTrainer:
         epochs: int = 20,
         retrain_epochs: int = 8,
         retrain_rate: float = 0.05,
+        normalisation: Literal["frozen", "running"] = "frozen",
         rounds: int = 3,
         batch_size: int = 64,
         seed: int = 0,
@@ -130,8 +136,13 @@ class NoneTrainer:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if not retrain_rate > 0:
             raise ValueError(f"retrain_rate must be > 0, got {retrain_rate}")
+        if normalisation not in NORMALISATIONS:
+            raise ValueError(
+                f"normalisation must be one of {NORMALISATIONS}, got {normalisation!r}"
+            )
         self.model, self.dataset, self.cleanser = model, dataset, cleanser
         self.optimizer, self.retrain_rate = optimizer, retrain_rate
+        self.normalisation = normalisation
         self.loss, self.batch_size, self.seed = loss, batch_size, seed
         self.epochs, self.retrain_epochs, self.rounds = epochs, retrain_epochs, rounds
         self.checkpoint = checkpoint
@@ -178,7 +189,7 @@ class NoneTrainer:
         stream = np.random.SeedSequence([self.seed, state.round, state.epoch])
         model, device = self.model, next(self.model.parameters()).device
         model.train()
-        if state.round:
+        if state.round and self.normalisation == "frozen":
             for module in model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
@@ -246,7 +257,7 @@ class NoneTrainer:
         """Return what a run that goes on must have in common with the one that was stopped."""
         names = ("epochs", "retrain_epochs", "retrain_rate", "rounds", "batch_size", "seed")
         return {
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in (*names, "normalisation")},
             "pace": "cosine",  # of training on; a checkpoint without it has no rates to begin from
             "samples": len(self.dataset),  # type: ignore[arg-type]
             "detector": self.cleanser.detector.name,

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from none_core.cleansing import Cleanser
 from none_core.detection import DETECTORS
 from none_core.neurons import HOWS
-from none_core.training import NoneTrainer
+from none_core.training import NORMALISATIONS, NoneTrainer
 from simulations.central import baselines
 from simulations.central.baselines.base import Baseline, require, sgd, undefended
 from simulations.central.setting import Outcome, Setting
@@ -33,6 +33,8 @@ class NoneDefense(Baseline):
         Passes after each that found something, >= 1.
     retrain_rate : float
         The learning rate of the first of them in units of the schedule's, > 0.
+    normalisation : str
+        "frozen" or "running" in these.
     """
 
     detector: str = "mixture"
@@ -40,6 +42,7 @@ class NoneDefense(Baseline):
     rounds: int = 3
     retrain_epochs: int = 8
     retrain_rate: float = 0.05
+    normalisation: str = "frozen"
 
     def validate(self) -> None:
         """Check the fields."""
@@ -49,6 +52,8 @@ class NoneDefense(Baseline):
         require(self.rounds >= 0, "rounds", self.rounds, ">= 0")
         require(self.retrain_epochs >= 1, "retrain_epochs", self.retrain_epochs, ">= 1")
         require(self.retrain_rate > 0, "retrain_rate", self.retrain_rate, "> 0")
+        legal = self.normalisation in NORMALISATIONS
+        require(legal, "normalisation", self.normalisation, f"one of {NORMALISATIONS}")
 
     def train(self, setting: Setting) -> Outcome:
         """Train as an undefended run does, cleanse, and train on."""
@@ -70,6 +75,7 @@ class NoneDefense(Baseline):
             epochs=0,
             retrain_epochs=self.retrain_epochs,
             retrain_rate=self.retrain_rate,
+            normalisation=self.normalisation,  # type: ignore[arg-type]
             rounds=self.rounds,
             batch_size=schedule.batch_size,
             seed=setting.seed,

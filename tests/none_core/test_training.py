@@ -161,7 +161,10 @@ def test_a_run_that_is_killed_while_it_looks_is_resumed(
     assert same(undisturbed, fresh)
 
 
-def test_normalisation_is_frozen_after_a_reset(task: poisoned.Task) -> None:
+@pytest.mark.parametrize("normalisation", ["frozen", "running"])
+def test_normalisation_is_frozen_after_a_reset_or_goes_on(
+    task: poisoned.Task, normalisation: Any
+) -> None:
     seen: list[torch.Tensor] = []
     model = poisoned.net(norm=True)
     cleanse = Cleanser.cleanse
@@ -173,11 +176,12 @@ def test_normalisation_is_frozen_after_a_reset(task: poisoned.Task) -> None:
             return found
 
     cleanser = Watching(model, EXAMPLE)
+    settings = {"epochs": 6, "retrain_epochs": 2, "batch_size": 32, "rounds": 1}
     NoneTrainer(
-        model, task.train, cleanser, optimizer, epochs=6, retrain_epochs=2, batch_size=32, rounds=1
+        model, task.train, cleanser, optimizer, normalisation=normalisation, **settings
     ).fit()
     assert len(seen) == 1
-    assert torch.equal(seen[0], model[1].running_mean)
+    assert torch.equal(seen[0], model[1].running_mean) == (normalisation == "frozen")
 
 
 def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> None:
@@ -227,3 +231,5 @@ def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
         trainer(task, poisoned.net(), **{name: -1})
     with pytest.raises(ValueError, match=r"^retrain_rate must be > 0"):
         trainer(task, poisoned.net(), retrain_rate=0)
+    with pytest.raises(ValueError, match=r"^normalisation must be one of .* got 'melted'"):
+        trainer(task, poisoned.net(), normalisation="melted")
