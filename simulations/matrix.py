@@ -64,6 +64,8 @@ class Block(Table):
 class Bar(BaseModel):
     """``[[bars]]``: what cells have to reach; other keys are bounds, ``MEASURE_min`` or ``_max``.
 
+    ``tried`` says what has been tried where it is missed.
+
     Scores are in percent. ``ba_below_clean_max = 1.0`` compares with the undefended run without an
     attacker, and ``asr_above_undefended_max`` with the undefended run under the same attack, seed
     by seed; ``ba_worst_...`` and ``asr_worst_...`` compare the worst of the last five rounds with
@@ -74,6 +76,7 @@ class Bar(BaseModel):
 
     name: str
     where: dict[str, str | int | list[str] | list[int]]
+    tried: str = ""
 
     @property
     def bounds(self) -> dict[str, tuple[str, float]]:
@@ -238,6 +241,17 @@ class Matrix:
         """Return what an axis takes when nothing is said."""
         return next(iter(getattr(self.file, _TABLE.get(axis, axis))))
 
+    def spelled(self, point: Point) -> str:
+        """Name a place for people, without the defence."""
+        words = [point.task, point.partition]
+        if point.attack == self.no_attacker:
+            words.append("no attacker")
+        else:
+            words += [point.attack, malicious_clients(point.malicious)]
+            if point.reporter != self.first("reporter"):
+                words.append(f"reports: {point.reporter}")
+        return ", ".join(words)
+
     def matching(self, where: Mapping[str, Any]) -> list[Point]:
         """Return the chosen places whose names are, or are among, those given."""
         return [
@@ -298,6 +312,11 @@ class Matrix:
                 )
             if not self.matching(bar.where):
                 raise ConfigError(f'{self.path}: the bar "{bar.name}" matches none of [[cells]]')
+
+
+def malicious_clients(number: int) -> str:
+    """Write how many clients attack."""
+    return f"{number} malicious client{'s' if number != 1 else ''}"
 
 
 def merge(document: Settings, settings: Mapping[str, Mapping[str, Any]]) -> None:

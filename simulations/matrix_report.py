@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from simulations import matrix_plots, pool, results
-from simulations.matrix import Bar, Cell, Matrix, Point
+from simulations import matrix_peers, matrix_plots, pool, results
+from simulations.matrix import Bar, Cell, Matrix, Peers, Point, malicious_clients
 
 Row = dict[str, Any]
 NOT_RUN = "not run"
@@ -157,8 +157,11 @@ def measured(result: Mapping[str, Any]) -> Row:
 
 def _late(
     rounds: Sequence[Mapping[str, Any]], malicious: set[int], first: Mapping[int, int]
-) -> tuple[int | None, int]:
-    """Return when the attack first took effect, and how many attackers were not out in time."""
+) -> tuple[int | None, int | None]:
+    """Return when the attack first took effect, and how many attackers were not out in time.
+
+    None are late if it never did, and if the run ended before they could be, nobody knows.
+    """
     effective = (
         entry["round"]
         for entry in rounds[1:]
@@ -169,9 +172,9 @@ def _late(
     if begin is None:
         return None, 0
     due = begin + IN_TIME
-    return begin, sum(
-        first.get(client, last + 1) > due for client in malicious
-    ) if due <= last else 0
+    if due > last:
+        return begin, None if malicious - set(first) else 0
+    return begin, sum(first.get(client, last + 1) > due for client in malicious)
 
 
 _CERTIFICATES = ("certified", "supported", "contested")
@@ -205,8 +208,7 @@ def write(
         lines = [bar_line(found, verdict) for verdict in verdicts]
         files.append(results.write_text(docs / names.bars, _csv(lines)))
     figures = matrix_plots.draw(found, docs / "images", names.images)
-    benchmarks = [docs / name for name in names.benchmarks]
-    page = Page(found, verdicts, figures, [file for file in benchmarks if file.exists()]).text()
+    page = Page(found, verdicts, figures, [docs / name for name in names.benchmarks]).text()
     return [results.write_text(docs / names.page, page), *files, *figures.values()]
 
 
@@ -285,6 +287,7 @@ class Verdict:
     checks: Sequence[Check]
     seeds: int
     wanted: int
+    tried: str = ""
 
     @property
     def state(self) -> str:
@@ -315,7 +318,7 @@ def judge(found: Findings, bar: Bar) -> list[Verdict]:
             for measure, (side, bound) in bar.bounds.items()
         ]
         seeds, wanted = len(found.rows(point)), found.wanted(point)
-        verdicts.append(Verdict(name, point, checks, seeds, wanted))
+        verdicts.append(Verdict(name, point, checks, seeds, wanted, bar.tried))
     return verdicts
 
 
@@ -345,57 +348,6 @@ def bar_line(found: Findings, verdict: Verdict) -> Row:
         "filter recall": known("filter_recall", min, digits=1),
         "seconds": round(mean(row["seconds"] for row in rows)) if rows else "",
     }
-
-
-def beaten(found: Findings) -> tuple[list[Row], int, int]:
-    """Find the places where our defence is not the best of all.
-
-    A place counts when its undefended ASR is above the file's threshold. There our mean ASR has to
-    be the lowest or close to it, and our BA not much below that of the best peer: the one with the
-    lowest ASR, and of several such the one with the highest BA.
-
-    Returns
-    -------
-    rows : list of dict
-        The places where it is not so.
-    judged, open : int
-        Number of places that were judged, and that cannot be yet.
-    """
-    peers = found.matrix.file.peers
-    if peers is None:
-        return [], 0, 0
-    rows, judged, unknown = [], 0, 0
-    for point in found.points:
-        if point.defense != peers.defense or point.attack == found.matrix.no_attacker:
-            continue
-        undefended = found.mean(found.undefended(point), "asr_final")
-        others = [replace(point, defense=name) for name in peers.others]
-        known = [
-            (asr, -ba, each.defense)
-            for each in others
-            if (asr := found.mean(each, "asr_final")) is not None
-            and (ba := found.mean(each, "ba_final")) is not None
-        ]
-        asr, ba = found.mean(point, "asr_final"), found.mean(point, "ba_final")
-        if undefended is None or not known or asr is None or ba is None:
-            unknown += 1
-            continue
-        if undefended <= peers.undefended_asr_above:
-            continue
-        judged += 1
-        best_asr, best_ba, best = min(known)[0], -min(known)[1], min(known)[2]
-        if asr > best_asr + peers.asr_within or ba < best_ba - peers.ba_within:
-            rows.append(
-                {
-                    "where": _place(found, point),
-                    "undefended ASR": f"{undefended:.2f}",
-                    f"{peers.defense}: BA / ASR": f"{ba:.2f} / {asr:.2f}",
-                    "best peer": best,
-                    "its BA / ASR": f"{best_ba:.2f} / {best_asr:.2f}",
-                    "peers run": f"{len(known)} of {len(peers.others)}",
-                }
-            )
-    return rows, judged, unknown
 
 
 class Page:
@@ -470,29 +422,37 @@ class Page:
                 "mean (worst)": check.text(),
                 "seeds": verdict.seeds,
                 "missed by": check.missed_by,
+                "what was tried": verdict.tried,
             }
             for verdict in self._verdicts
             for check in verdict.checks
             if check.missed_by
         ]
+        missed += [row for file in self._benchmarks for row in _missed_by_benchmark(file)]
+        if not any(row["what was tried"] for row in missed):
+            missed = [{k: v for k, v in row.items() if k != "what was tried"} for row in missed]
         judged = [v for v in self._verdicts if v.checks]
         unknown = sum(verdict.state == NOT_RUN for verdict in judged)
         if judged:
             held = sum(verdict.state == "held" for verdict in judged)
             rest = f"; {unknown} cannot be judged yet" if unknown else ""
             parts += [f"{held} of {len(judged)} bars are held{rest}.", _table(missed)]
-        rows, places, open_ = beaten(self._found)
-        peers = self._found.matrix.file.peers
-        if peers is not None:
-            parts.append(
-                f"**{peers.defense} beside its peers.** Where the undefended ASR is above "
-                f"{peers.undefended_asr_above:g} %, its ASR should be the lowest or within "
-                f"{peers.asr_within:g} points of it, at a BA no lower than the best peer's (that "
-                f"with the lowest ASR) minus {peers.ba_within:g}. It is not so in {len(rows)} of "
-                f"{places} places; {open_} cannot be judged yet."
-            )
-            parts.append(_table(rows))
+        if self._found.matrix.file.peers is not None:
+            parts += self._peers(self._found.matrix.file.peers)
         return ["## Missed", *parts] if parts else []
+
+    def _peers(self, peers: Peers) -> list[str]:
+        rows, places, open_ = matrix_peers.beaten(self._found, peers)
+        text = (
+            f"**{peers.defense} beside its peers.** Where the undefended ASR is above "
+            f"{peers.undefended_asr_above:g} %, no peer's ASR should be lower by more than "
+            f"{peers.asr_within:g} points, and of the peers with the lowest ASR (and those within "
+            f"{peers.asr_within:g} points of it) none's BA higher by more than "
+            f"{peers.ba_within:g}: on the seeds that both were run with, in the last round and in "
+            f"the worst of the last five. It is otherwise in {len(rows)} of {places} places; "
+            f"{open_} cannot be judged yet."
+        )
+        return [text, _table(rows)]
 
     def _bars(self) -> list[str]:
         if not self._verdicts:
@@ -528,7 +488,7 @@ class Page:
                 (", attackers that lie in their reports", lying),
             ):
                 if chosen or (not what and not lying):
-                    title = f"### {place[0]}, {place[1]}, {_malicious(place[2])}{what}"
+                    title = f"### {place[0]}, {place[1]}, {malicious_clients(place[2])}{what}"
                     parts += [title, self._grid(points[0], chosen, defenses)]
         return parts
 
@@ -578,7 +538,7 @@ class Page:
             shares = [_mean_worst((row[name] for row in rows), min, 1) for name in _CERTIFICATES]
             lines.append(
                 {
-                    "where": _place(found, point),
+                    "where": found.matrix.spelled(point),
                     "seeds": len(rows),
                     "neurons reset": _mean_worst((r["neurons_reset"] for r in rows), max, 0),
                     **pairs,
@@ -591,7 +551,31 @@ class Page:
         if not lines:
             return []
         text = "Mean over the seeds, the worst in brackets; over all rounds of a run."
-        return [f"## What {ours} decided", text, _table(lines)]
+        return [f"## What {ours} decided", self._left_out(ours), text, _table(lines)]
+
+    def _left_out(self, ours: str | None) -> str:
+        """Say over all runs of our defence whom quarantine met."""
+        runs = {
+            cell.folder: row
+            for cell in self._found.cells
+            if cell.point.defense == ours and (row := self._found.row(cell)) is not None
+        }
+        wrong = [row["honest_quarantined"] for row in runs.values()]
+        attacked = [row for row in runs.values() if row["first_effective"] is not None]
+        out = [row["quarantined_recall"] for row in attacked]
+        text = (
+            f"In {len(runs)} runs {sum(wrong)} honest clients were ever quarantined, in "
+            f"{sum(map(bool, wrong))} of the runs any."
+        )
+        if attacked:
+            late = [row["attackers_late"] for row in attacked if row["attackers_late"] is not None]
+            text += (
+                f" In the {len(attacked)} runs in which the attack took effect (ASR of "
+                f"{100 * EFFECT:g} % by a model that is right about {100 * USEFUL:g} %), "
+                f"{mean(out):.1f} % of the attackers were quarantined; {sum(late)} attackers, in "
+                f"{sum(map(bool, late))} of the runs, were not within {IN_TIME} rounds."
+            )
+        return text
 
     def _plots(self) -> list[str]:
         shown = [f"![{title}](images/{file.name})" for title, file in self._figures.items()]
@@ -600,6 +584,9 @@ class Page:
 
 def _benchmark(file: Path) -> list[str]:
     """Write a benchmark's method, and a line for each of its cases."""
+    title = f"## Benchmark: {file.stem}"
+    if not file.exists():
+        return [title, f"{NOT_RUN}: `python -m benchmarks {file.stem} --out {file.name}`"]
     content = results.read(file.parent, file.name)
     rows = [
         {content["benchmark"]: row["case"]}
@@ -612,11 +599,26 @@ def _benchmark(file: Path) -> list[str]:
         }
         for row in content["rows"]
     ]
-    title = f"## Benchmark: {content['benchmark']}"
+    text = f"`python -m benchmarks {content['benchmark']}`. {content['method']}"
+    return [title, text, _table(rows)]
+
+
+def _missed_by_benchmark(file: Path) -> list[Row]:
+    if not file.exists():
+        return []
+    content = results.read(file.parent, file.name)
     return [
-        title,
-        f"`python -m benchmarks {content['benchmark']}`. {content['method']}",
-        _table(rows),
+        {
+            "run": f"benchmark {content['benchmark']}, {row['case']}",
+            "wanted": f"{bar['figure']} <= {bar['limit']:g}",
+            "mean (worst)": f"{bar['value']:.3g}",
+            "seeds": "",
+            "missed by": "",
+            "what was tried": "",
+        }
+        for row in content["rows"]
+        for bar in row["bars"]
+        if not bar["holds"]
     ]
 
 
@@ -634,22 +636,6 @@ def field(rows: Sequence[Row], wanted: int) -> str:
     else:
         lines.append(f"n = {len(rows)}")
     return "<br>".join(lines)
-
-
-def _place(found: Findings, point: Point) -> str:
-    """Name a place for people, without the defence."""
-    words = [point.task, point.partition]
-    if point.attack == found.matrix.no_attacker:
-        words.append("no attacker")
-    else:
-        words += [point.attack, _malicious(point.malicious)]
-        if point.reporter != found.matrix.first("reporter"):
-            words.append(f"reports: {point.reporter}")
-    return ", ".join(words)
-
-
-def _malicious(number: int) -> str:
-    return f"{number} malicious client{'s' if number != 1 else ''}"
 
 
 def _label(measure: str) -> str:

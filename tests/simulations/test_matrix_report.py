@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.outcome import Bar, Outcome, Row
-from simulations import matrix_report, sources
+from simulations import matrix_report, results, sources
 from simulations.__main__ import main
 from simulations.matrix import Matrix
 from tests.simulations.synthetic import invent
@@ -169,11 +169,12 @@ def _of_rounds(
         ([0.0, 0.0, 0.2, *[0.9] * 9], {1: 7}, 2, 1),
         ([0.0, 0.0, 0.2, *[0.9] * 9], {1: 7, 2: 8}, 2, 1),
         ([0.0, 0.0, 0.2, *[0.9] * 9], {1: 1, 2: 7}, 2, 0),
-        ([*[0.0] * 8, *[0.9] * 4], {}, 8, 0),  # there is still time
+        ([*[0.0] * 8, *[0.9] * 4], {}, 8, None),  # there is still time
+        ([*[0.0] * 8, *[0.9] * 4], {1: 9, 2: 11}, 8, 0),
     ],
 )
 def test_an_attacker_is_late_five_rounds_after_the_attack_took_effect(
-    asr: list[float], out: dict[int, int], begin: int | None, late: int
+    asr: list[float], out: dict[int, int], begin: int | None, late: int | None
 ) -> None:
     quarantined = [[c for c, since in out.items() if n >= since] for n in range(12)]
 
@@ -225,13 +226,13 @@ def test_rows_of_other_code_are_pointed_out(plan: Matrix) -> None:
 
 
 def test_benchmarks_are_shown_where_they_were_run(plan: Matrix) -> None:
-    report = plan.file.report.model_copy(update={"benchmarks": ["bench/a.json", "bench/b.json"]})
+    report = plan.file.report.model_copy(update={"benchmarks": ["bench/probes.json", "bench/b.json"]})
     plan.file = plan.file.model_copy(update={"report": report})
     rows = [
         Row("10 x 4", {"s": 0.25, "ratio": None}),
         Row("defaults", {"s": 1.5, "ratio": 1.25}, (Bar("ratio", 1.25, 1.0),)),
     ]
-    Outcome("probes", "How.", rows).write(Path("docs/bench/a.json"))
+    Outcome("probes", "How.", rows).write(Path("docs/bench/probes.json"))
 
     page = written(plan)["results.md"]
 
@@ -240,7 +241,32 @@ def test_benchmarks_are_shown_where_they_were_run(plan: Matrix) -> None:
         {"probes": "10 x 4", "s": "0.25", "ratio": "", "bar": ""},
         {"probes": "defaults", "s": "1.5", "ratio": "1.25", "bar": "ratio <= 1: **missed**"},
     ]
-    assert page.index("## Benchmark") < page.index("## Plots")
+    assert page.index("## Benchmark: probes") < page.index("## Plots")
+    assert "## Benchmark: b\n\nnot run: `python -m benchmarks b" in page
+    missed = next(row for row in table(page, "## Missed") if row["run"].startswith("benchmark"))
+    assert missed["run"] == "benchmark probes, defaults"
+    assert (missed["wanted"], missed["mean (worst)"]) == ("ratio <= 1", "1.25")
+
+
+def test_what_was_tried_is_told_where_it_is_missed(plan: Matrix) -> None:
+    bars = [bar.model_copy(update={"tried": f"{bar.name}?"}) for bar in plan.file.bars]
+    plan.file = plan.file.model_copy(update={"bars": bars})
+
+    rows = table(written(plan)["results.md"], "## Missed")
+
+    assert rows
+    assert all(row["what was tried"].rstrip("?") in row["run"] for row in rows)
+
+
+def test_whom_quarantine_met_is_told_over_all_runs(plan: Matrix) -> None:
+    text = section(written(plan)["results.md"], "## What none decided")
+
+    ours = {c.folder: c for c in plan.cells() if c.point.defense == "none" and c.folder.exists()}
+    rows = [matrix_report.measured(results.load(folder)) for folder in ours]
+    effective = [row for row in rows if row["first_effective"] is not None]
+    assert f"In {len(rows)} runs 0 honest clients were ever quarantined, in 0 of the runs" in text
+    if effective:
+        assert f"In the {len(effective)} runs in which the attack took effect" in text
 
 
 def test_what_is_missed_comes_first(plan: Matrix) -> None:
@@ -272,46 +298,6 @@ def test_a_seed_that_misses_is_named(plan: Matrix) -> None:
     assert check.text() == "1.50 (2.50)"
     assert matrix_report.Check("asr_final", "min", 2.0, {0: 0.5, 4: 2.5}).missed_by == "mean"
     assert matrix_report.Check("asr_final", "max", 2.5, {0: 0.5, 4: 2.5}).missed_by == ""
-
-
-def test_places_where_a_peer_is_better_are_listed(plan: Matrix) -> None:
-    rows, judged, unknown = matrix_report.beaten(matrix_report.Findings(plan, plan.cells()))
-
-    assert judged == 3
-    assert unknown == 1  # two attackers: nobody has run it
-    assert [row["where"] for row in rows] == [
-        f"mnist5k, iid, {attack}, 4 malicious clients" for attack in ("t1", "t2", "strong")
-    ]
-    assert {row["best peer"] for row in rows} == {"multikrum"}
-    # Disobedience makes no difference to fedmedian, so its runs under t1 count under t2.
-    assert [row["peers run"] for row in rows] == ["2 of 2", "2 of 2", "1 of 2"]
-
-
-@pytest.mark.parametrize(
-    ("ours", "best", "is_listed"),
-    [
-        ((0.0, 0.0), (0.05, 0.02), False),
-        ((0.004, 0.0), (0.0, 0.0), False),
-        ((0.006, 0.0), (0.0, 0.0), True),
-        ((0.0, 0.004), (0.01, 0.0), False),
-        ((0.0, 0.006), (0.01, 0.0), True),
-    ],
-)
-def test_the_best_has_the_lowest_asr_at_no_lower_a_ba(
-    plan: Matrix, monkeypatch: Any, ours: Any, best: Any, is_listed: bool
-) -> None:
-    scores = {"none": ours, "multikrum": best, "undefended": (0.9, 0), "fedmedian": (0.9, 0)}
-
-    def mean(self: Any, point: Any, name: str) -> float:
-        asr, cost = scores[point.defense]
-        return 100 * (asr if name == "asr_final" else 0.99 - cost)
-
-    monkeypatch.setattr(matrix_report.Findings, "mean", mean)
-
-    rows, judged, _ = matrix_report.beaten(matrix_report.Findings(plan, plan.cells()))
-
-    assert judged == 4
-    assert bool(rows) == is_listed
 
 
 def test_the_tables_have_the_undefended_run_and_the_one_without_an_attacker_beside(
