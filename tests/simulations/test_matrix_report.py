@@ -226,7 +226,9 @@ def test_rows_of_other_code_are_pointed_out(plan: Matrix) -> None:
 
 
 def test_benchmarks_are_shown_where_they_were_run(plan: Matrix) -> None:
-    report = plan.file.report.model_copy(update={"benchmarks": ["bench/probes.json", "bench/b.json"]})
+    report = plan.file.report.model_copy(
+        update={"benchmarks": ["bench/probes.json", "bench/b.json"]}
+    )
     plan.file = plan.file.model_copy(update={"report": report})
     rows = [
         Row("10 x 4", {"s": 0.25, "ratio": None}),
