@@ -31,9 +31,9 @@ LABELS = {
     "asr_worst_above_clean": "ASR above that without an attacker, worst of the last 5 rounds",
 }
 COUNTED = {"neurons_reset", "honest_quarantined", "attackers_late"}  # all else is in percent
-# An attack takes effect when so many stamped images are misled by a model that is right about so
-# many clean ones (one that knows nothing may call everything the target), and an attacker is late
-# if it is not quarantined so many rounds after that.
+# An attack takes effect in the first of two rounds in a row in which so many stamped images are
+# misled by a model that is right about so many clean ones (a young one may take anything for the
+# target), and an attacker is late if it is not quarantined so many rounds after that.
 EFFECT, USEFUL, IN_TIME = 0.1, 0.5, 5
 
 
@@ -162,11 +162,8 @@ def _late(
 
     None are late if it never did, and if the run ended before they could be, nobody knows.
     """
-    effective = (
-        entry["round"]
-        for entry in rounds[1:]
-        if malicious and entry["asr"] >= EFFECT and entry["ba"] >= USEFUL
-    )
+    works = [bool(malicious) and e["asr"] >= EFFECT and e["ba"] >= USEFUL for e in rounds]
+    effective = (e["round"] for e, *two in zip(rounds, works, works[1:], strict=False) if all(two))
     begin = next(effective, None)
     last = rounds[-1]["round"]
     if begin is None:
@@ -571,7 +568,7 @@ class Page:
             late = [row["attackers_late"] for row in attacked if row["attackers_late"] is not None]
             text += (
                 f" In the {len(attacked)} runs in which the attack took effect (ASR of "
-                f"{100 * EFFECT:g} % by a model that is right about {100 * USEFUL:g} %), "
+                f"{100 * EFFECT:g} % in two rounds in a row, BA of {100 * USEFUL:g} %), "
                 f"{mean(out):.1f} % of the attackers were quarantined; {sum(late)} attackers, in "
                 f"{sum(map(bool, late))} of the runs, were not within {IN_TIME} rounds."
             )
