@@ -60,11 +60,17 @@ def train(message: Message, context: Context) -> Message:
     model.load_state_dict(sent)
     loss = participant.train(model, kept, server_round, attacking)
     state = participant.update(sent, model.state_dict(), attacking)
-    return Message(_reply(settings, state, loss, local, kept), reply_to=message)
+    examples = participant.examples(len(kept), attacking)
+    return Message(_reply(settings, state, loss, local, kept, examples), reply_to=message)
 
 
 def _reply(
-    settings: Settings, state: State, loss: float, local: LocalData, kept: torch.Tensor
+    settings: Settings,
+    state: State,
+    loss: float,
+    local: LocalData,
+    kept: torch.Tensor,
+    examples: int,
 ) -> RecordDict:
     # What only a simulation can know: it is measured, and no defence reads it.
     truth = ConfigRecord(
@@ -75,7 +81,7 @@ def _reply(
             "dropped-poisoned": int(local.poisoned.sum() - local.poisoned[kept].sum()),
         }
     )
-    metrics = MetricRecord({"train-loss": loss, "num-examples": len(kept)})
+    metrics = MetricRecord({"train-loss": loss, "num-examples": examples})
     arrays: ArrayRecord = record_of(state)
     return RecordDict({"arrays": arrays, "metrics": metrics, "truth": truth})
 

@@ -185,6 +185,10 @@ class Participant:
         """Return the model to send back."""
         return trained
 
+    def examples(self, trained: int, attacking: bool) -> int:
+        """Say how many samples it trained on, by which its update may be weighed."""
+        return trained
+
     def report(self, message: Message, context: Context, honest: Reply) -> Message:
         """Answer a query; ``honest`` answers it as the software does, on the data in use."""
         return honest(message, context)

@@ -103,6 +103,12 @@ class DefenseConfig(Section):
                     f"<= {most} ({self.name} needs {each}f + 3 clients, experiment.clients = "
                     f"{clients})"
                 )
+        most = (clients - 1) // 2
+        if self.name == "none-strategy" and self.liars is not None and self.liars > most:
+            raise ConfigError(
+                f"defense.liars = {self.liars} is not legal: expected a whole number >= 0 and <= "
+                f"{most} (a minority of experiment.clients = {clients})"
+            )
         if self.name == "rlr" and self.rlr_threshold > clients:
             raise ConfigError(
                 f"defense.rlr_threshold = {self.rlr_threshold} is not legal: expected a whole "

@@ -42,6 +42,7 @@ _NO_LIMIT = {"reports": True, "min_count": 1, "noise": 0.0, "patterns": False}
 _OF_NOISE = ("noise", "delta", "max_epsilon")
 # What came to [task] later; at these an experiment is the one that it was before.
 _TASK_DEFAULTS = {"held_out": False, "activation": "relu"}
+_CLAIM = 1.0  # of [attack], likewise
 # ASR is measured with these, whether anybody attacks or not.
 _MEASURED_WITH = ("target", "trigger")
 
@@ -70,6 +71,8 @@ def of(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         found["attack"] = {"name": "none"} | {key: attack[key] for key in _MEASURED_WITH}
     elif strategy in SILENT:
         found["attack"] = {k: v for k, v in attack.items() if k not in _WHEN_ASKED}
+    if found["attack"].get("claim") == _CLAIM:
+        found["attack"].pop("claim")
     if task["partition"] == "iid":
         task.pop("alpha")
     for key, default in _TASK_DEFAULTS.items():

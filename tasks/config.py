@@ -128,6 +128,9 @@ class AttackConfig(Section):
     scale: float | None = Field(
         None, ge=1, description="Factor on a malicious client's update; left out, the attack's own."
     )
+    claim: float = Field(
+        1.0, ge=1, description="Factor on the number of examples that malicious clients claim."
+    )
     penalty: float = Field(
         1.0, ge=0, description='How near "adaptive" stays to honest clients; at 0 it is "dba".'
     )

@@ -88,6 +88,10 @@ class Attack(Participant, ABC):
         """Scale the update while it attacks."""
         return scaled_update(sent, trained, self.scale) if attacking else trained
 
+    def examples(self, trained: int, attacking: bool) -> int:
+        """Claim more while it attacks, which weighs its update more."""
+        return round(trained * self.settings.attack.claim) if attacking else trained
+
     def report(self, message: Message, context: Context, honest: Reply) -> Message:
         """Report as ``attack.reporter`` does, from the first round of the attack on."""
         if int(message.content.config_records[QUERY]["round"]) < self.start_round:

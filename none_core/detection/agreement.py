@@ -25,6 +25,8 @@ from none_core.detection.base import (
     upper_breaks,
 )
 
+_SECONDED = 2  # clients whose probes point at a class that mixture suspects: one may err
+
 
 class Summary(NamedTuple):
     """One client's report as either detector keeps it; None where it was not asked."""
@@ -38,8 +40,9 @@ class Agreement(Detector):
 
     - A class is attacked, as ``inversion`` says: its certified neurons are compromised, and of the
       others those that ``mixture`` scores, too (*supported*).
-    - No class is attacked yet, but ``mixture`` sees suspected samples that the model reacts to: of
-      its compromised neurons those that the trigger found for the suspected label moves as well.
+    - No class is attacked yet, but ``mixture`` sees suspected samples that the model reacts to, and
+      two clients or more find the suspected label's trigger small: of its compromised neurons those
+      that this trigger moves as well.
 
     Everything else is held back. Rounds that ask no probe are left to ``mixture`` for suspicions,
     and reset nothing.
@@ -109,7 +112,8 @@ class Agreement(Detector):
 
     def _suspected(self, blended: Detection, inverted: Detection, layer_of: IntArray) -> Detection:
         """Act on live suspicions, as far as the trigger to the suspected label agrees."""
-        labels = {s.label for s in blended.suspicions if s.alive} & inverted.shifts.keys()
+        seconded = {label for label, clients in inverted.hints.items() if clients >= _SECONDED}
+        labels = {s.label for s in blended.suspicions if s.alive} & seconded
         moved = [upper_breaks(np.maximum(inverted.shifts[k], 0), layer_of) for k in sorted(labels)]
         agreed = np.isin(blended.compromised, np.concatenate(moved) if moved else [])
         standing = np.full(len(layer_of), Standing.CONTESTED, dtype=np.int8)

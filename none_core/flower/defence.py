@@ -114,7 +114,7 @@ class Defence:
         How evidence against clients accumulates and fades.
     liars : int, optional
         Known bound on the number of malicious clients, for certificates; without one any minority
-        may be.
+        may be. One that is no minority of those asked in round 1 is refused there.
     probe_steps, probe_images : int
         Cost of a client's trigger inversion, for detectors that ask for one.
     share_probes : bool
@@ -127,7 +127,10 @@ class Defence:
     max_samples : int
         Largest credible number of samples in a report.
     max_weight_ratio : float
-        Largest credible multiple of the median number of examples.
+        Largest credible multiple of the median number of examples: replies that claim more are
+        refused.
+    full_weight_ratio : float
+        Multiple of it that a client is weighed by at most, >= 1, whatever it claims below that.
     layers : sequence of str, optional
         Restrict the defence to these layers of the model.
     neuron_map : NeuronMap, optional
@@ -161,6 +164,7 @@ class Defence:
         timeout: float = 600.0,
         max_samples: int = 10_000_000,
         max_weight_ratio: float = 10.0,
+        full_weight_ratio: float = 3.0,
         layers: list[str] | None = None,
         neuron_map: NeuronMap | None = None,
         seed: int = 0,
@@ -182,6 +186,8 @@ class Defence:
             raise ValueError(f"repair_share must be in (0, 1], got {repair_share}")
         if max_weight_ratio <= 1:
             raise ValueError(f"max_weight_ratio must be > 1, got {max_weight_ratio}")
+        if not full_weight_ratio >= 1:
+            raise ValueError(f"full_weight_ratio must be >= 1, got {full_weight_ratio}")
         self.detector, self.how, self.policy = detector, reset, policy or Policy()
         self.purify, self.purify_threshold, self.purify_others = (
             purify,
@@ -193,6 +199,7 @@ class Defence:
         self.share_probes = share_probes
         self.min_count, self.timeout = min_count, timeout
         self.max_samples, self.max_weight_ratio = max_samples, max_weight_ratio
+        self.full_weight_ratio = full_weight_ratio
         self.audit = audit
         self.last_round: int | None = None
         self.record = RoundRecord(0)
@@ -268,6 +275,8 @@ class Defence:
         self._template = template_of(arrays)
         outgoing = list(outgoing)
         self._nodes = list(dict.fromkeys(message.metadata.dst_node_id for message in outgoing))
+        if server_round == 1:
+            self._check_liars(len(self._nodes))
         if self._filter is not None:
             for message in outgoing:
                 message.content = self._with_filter(message, self._filter, server_round)
@@ -282,6 +291,7 @@ class Defence:
             asked=set(self._nodes),
             weighted_by=weighted_by,
             max_weight_ratio=self.max_weight_ratio,
+            full_weight_ratio=self.full_weight_ratio,
         )
         self._refuse(refused)
         for message in valid:
@@ -501,6 +511,21 @@ class Defence:
         self._refuse(answers.refused)
         return answers
 
+    def _check_liars(self, clients: int) -> None:
+        """Refuse a bound that leaves no honest majority; later rounds may well have fewer clients.
+
+        Raises
+        ------
+        ValueError
+            If it does not.
+        """
+        most = most_liars(clients)
+        if self.liars is not None and self.liars > most:
+            raise ValueError(
+                f"liars must be at most {most} of {clients} clients, got {self.liars}: the defence "
+                "needs an honest majority"
+            )
+
     def _scenes(self, detection: Detection) -> list[Scene]:
         """Find where any backdoor lives that is spoken of twice in a row, however uncertain."""
         shifts = {a.label: detection.shifts[a.label] for a in detection.attacks}
@@ -534,12 +559,16 @@ class Defence:
         probe = replace(self.probe, hard=hard, watched=watched)
         if not self.share_probes:
             return dict.fromkeys(self._nodes, probe)
-        each = 2 * most_liars(len(self._nodes), self.liars) + 1
-        shares = share_out(probe.labels, self._nodes, each, self.record.server_round)
+        # Whom nobody listens to looks at everything: only its own evidence is read.
+        heard = [node for node in self._nodes if node not in self._excluded] or self._nodes
+        each = 2 * most_liars(len(heard), self.liars) + 1
+        shares = share_out(probe.labels, heard, each, self.record.server_round)
         everybody = {*hard, *watched, *self._recent.expected}
         return {
-            node: replace(probe, labels=tuple(sorted(everybody.union(mine))))
-            for node, mine in shares.items()
+            node: replace(probe, labels=tuple(sorted(everybody.union(shares[node]))))
+            if node in shares
+            else probe
+            for node in self._nodes
         }
 
     def _guarded(

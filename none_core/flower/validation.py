@@ -45,6 +45,7 @@ def admit(
     asked: Collection[int] | None = None,
     weighted_by: str = "num-examples",
     max_weight_ratio: float = 10.0,
+    full_weight_ratio: float = 3.0,
 ) -> tuple[list[Message], list[Refusal]]:
     """Separate the train replies that may be aggregated from those that are refused.
 
@@ -61,13 +62,16 @@ def admit(
         Metric by which the inner strategy weights its average.
     max_weight_ratio : float
         A reply that claims more than this multiple of the median claim is refused, > 1.
+    full_weight_ratio : float
+        A claim of more than this multiple of the median claim counts as so much, >= 1: nobody can
+        check it, and ten clients of which four claim ten times what they have would be theirs.
 
     Returns
     -------
     tuple of list
         Messages in their order, and one refusal per refused message. The arrays of admitted
         messages are put into the order of the model that was sent: some strategies compare them by
-        position.
+        position. A claim that does not count in full is lowered in the message.
     """
     admitted: list[Message] = []
     refused: list[Refusal] = []
@@ -93,7 +97,8 @@ def admit(
     layouts = [_layout(message) for message in candidates]
     layout = _commonest(layouts)
     weights = [_weight(message, weighted_by) for message in candidates]
-    limit = max_weight_ratio * float(np.median(weights)) if weights else 0.0
+    median = float(np.median(weights)) if weights else 0.0
+    limit, full = max_weight_ratio * median, full_weight_ratio * median
     for message, own, weight in zip(candidates, layouts, weights, strict=True):
         if own != layout:
             field, reason = _difference(own, layout)
@@ -103,6 +108,8 @@ def admit(
             refused.append(TrainReplyError(sender_of(message), f"metric '{weighted_by}'", reason))
         else:
             _sort_arrays(message, template)
+            if weight > full:
+                _lower_weight(message, weighted_by, full)
             admitted.append(message)
     return admitted, refused
 
@@ -219,6 +226,13 @@ def _sort_arrays(message: Message, template: Template) -> None:
     ((name, record),) = message.content.array_records.items()
     if list(record) != list(template):
         message.content[name] = ArrayRecord({key: record[key] for key in template})
+
+
+def _lower_weight(message: Message, weighted_by: str, weight: float) -> None:
+    """Have a reply claim less, in a record of its own: the sender's may be used again."""
+    ((name, metrics),) = message.content.metric_records.items()
+    lower = int(weight) if isinstance(metrics[weighted_by], int) else weight
+    message.content[name] = MetricRecord({**metrics, weighted_by: lower})
 
 
 def _weight(message: Message, weighted_by: str) -> float:

@@ -2,8 +2,8 @@
 
 Pillutla, Kakade, Harchaoui, "Robust Aggregation for Federated Learning", IEEE Transactions on
 Signal Processing 2022, https://arxiv.org/abs/1912.13445. As in the paper, clients count by their
-number of examples (up to the ten times the median that validation lets pass), and few steps of the
-smoothed Weiszfeld algorithm are taken from the mean; how many, and nu, are the defaults of the
+number of examples (up to the three times the median that validation leaves them), and few steps of
+the smoothed Weiszfeld algorithm are taken from the mean; how many, and nu, are the defaults of the
 authors' published code.
 
 Few steps shrink a gigantic update and do not remove it: of models from far away with a share a of

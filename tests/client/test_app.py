@@ -166,6 +166,17 @@ def test_an_attacker_scales_its_update_and_an_honest_one_does_not() -> None:
             torch.testing.assert_close(scaled[name], expected, atol=1e-6, rtol=1e-5)
 
 
+def test_an_attacker_claims_more_while_it_attacks_and_an_honest_one_does_not() -> None:
+    attacker = {"claim": 10.0, "start_round": 2}
+    for partition, server_round, claimed in (
+        (ATTACKERS[0], 1, 400),
+        (ATTACKERS[0], 2, 4000),
+        (HONEST, 2, 400),
+    ):
+        content = train(context(partition, **attacker), server_round)
+        assert content["metrics"]["num-examples"] == claimed
+
+
 @pytest.mark.parametrize("obeys", [True, False])
 def test_who_obeys_the_filter(obeys: bool) -> None:
     for partition in (ATTACKERS[0], HONEST):

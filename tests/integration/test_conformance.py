@@ -21,8 +21,6 @@ UNVALIDATED = "Flower's strategies hardly look at a reply before they use it"
 
 
 class TestNoneStrategy(DefenceConformance):
-    takes_no_f = "NoneStrategy takes no number of malicious clients"
-
     def make(self, clients: int, malicious: int, on: bool = True) -> Strategy:
         return NoneStrategy(
             FedAvg(**self.everybody(clients)),
@@ -30,6 +28,7 @@ class TestNoneStrategy(DefenceConformance):
             self.example_input,
             start_round=1 if on else NEVER,
             budget=0.2,
+            liars=malicious,
         )
 
 

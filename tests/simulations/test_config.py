@@ -109,6 +109,7 @@ def test_an_unknown_key_names_those_that_there_are(section: str, key: str) -> No
         ("[task]\nmodel = 'cifar-cnn'", "task.model is not legal for mnist5k: .*colour"),
         ("[defense]\nname = 'multikrum'\nf = 4", r"defense.f = 4 .* <= 3 \(multikrum .* 2f \+ 3"),
         ("[defense]\nname = 'bulyan'\nf = 2", r"defense.f = 2 .* <= 1 \(bulyan .* 4f \+ 3"),
+        ("[defense]\nliars = 5", r"defense.liars = 5 .* <= 4 \(a minority of experiment.clients"),
         ("[defense]\nname = 'rlr'\nrlr_threshold = 11", r"defense.rlr_threshold = 11 .* <= 10"),
         ("clients = ", "is not valid TOML"),
     ],

@@ -165,3 +165,11 @@ def test_another_activation_makes_another_experiment_and_the_usual_one_does_not(
     assert folder(task={"activation": "elu"}) != folder()
     assert folder(task={"activation": "relu"}) == folder()
     assert "activation" not in experiment().identity()["task"]
+
+
+def test_claims_make_another_experiment_and_the_truth_does_not() -> None:
+    heavy = {**DBA, "claim": 10.0}
+    for defense in ({"name": "undefended"}, {"name": "none-strategy"}):
+        assert folder(attack=DBA, defense=defense) != folder(attack=heavy, defense=defense)
+    assert "claim" not in experiment(attack=DBA).identity()["attack"]
+    assert experiment(attack=heavy).identity()["attack"]["claim"] == 10.0

@@ -180,7 +180,7 @@ def test_live_suspicions_are_followed_as_far_as_the_trigger_to_their_label_agree
         0: [9.0, 0.1, 0.0, 0.1, 0.0, 0.0, 8.0],  # moves 0 and 6
         2: [-9.0, 7.0, 0.0, 0.1, 9.0, 0.0, 0.1],  # moves 1 and 4; a fall is no support
     }
-    found = agree(mixture, probed(shifts))
+    found = agree(mixture, probed(shifts, hints={0: 2, 2: 3}))
     assert found.compromised.tolist() == {0: [0], 2: [4, 1]}[label]
     assert found.held_back.tolist() == {0: [4, 1], 2: [0]}[label]
     assert found.alive
@@ -195,7 +195,20 @@ def test_live_suspicions_are_followed_as_far_as_the_trigger_to_their_label_agree
 def test_two_suspected_labels_have_the_support_of_either_trigger() -> None:
     mixture = blended(ints(4, 0, 1), suspicion(0, alive=True), suspicion(2, alive=True))
     shifts = {0: [9.0, 0, 0, 0, 0, 0, 0], 2: [0, 0, 0, 0, 9.0, 0, 0]}
-    assert agree(mixture, probed(shifts)).compromised.tolist() == [4, 0]
+    both = probed(shifts, hints={0: 2, 2: 2})
+    assert agree(mixture, both).compromised.tolist() == [4, 0]
+    assert agree(mixture, probed(shifts, hints={0: 2, 2: 1})).compromised.tolist() == [0]
+
+
+@pytest.mark.parametrize("hints", [{}, {2: 1}, {1: 4}])
+def test_a_suspicion_that_no_two_clients_second_resets_nothing(hints: dict[int, int]) -> None:
+    """A trigger to any class moves some neurons: that alone is no second opinion."""
+    mixture = blended(ints(4, 0), suspicion(2, alive=True))
+
+    found = agree(mixture, probed({2: [9.0, 0, 0, 0, 9.0, 0, 0]}, hints=hints))
+
+    assert found.compromised.size == 0
+    assert found.held_back.tolist() == [4, 0]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +221,7 @@ def test_two_suspected_labels_have_the_support_of_either_trigger() -> None:
 )
 def test_without_a_live_suspicion_of_a_probed_label_all_is_held_back(mixture: Detection) -> None:
     shifts = {2: [9.0, 0, 0, 0, 9.0, 0, 0]}
-    found = agree(mixture, probed(shifts))
+    found = agree(mixture, probed(shifts, hints={2: 3}))
     assert found.compromised.size == 0
     assert found.held_back.tolist() == [4, 0]
     assert found.alive == mixture.alive

@@ -334,6 +334,27 @@ def test_shared_out_every_class_goes_to_enough_clients_and_those_that_matter_to_
         assert looking == (5 if label == 4 else 3)
 
 
+def test_shared_out_the_work_is_that_of_clients_who_are_listened_to() -> None:
+    game = Game(sees(attack), share_probes=True, liars=1).play(1)
+    defence = game.strategy.defence
+    defence.probe = replace(defence.probe, labels=tuple(range(10)))
+    defence._reputation.quarantined = frozenset({HOSTILE})
+
+    shares = {node: probe.labels for node, probe in defence._probes().items()}
+
+    assert shares.pop(HOSTILE) == tuple(range(10))
+    assert shares.keys() == set(HONEST)
+    for label in range(10):
+        assert sum(label in mine for mine in shares.values()) == 3
+
+
+@pytest.mark.parametrize("liars", [3, 5])
+def test_a_bound_that_is_no_minority_is_refused_in_the_first_round(liars: int) -> None:
+    with pytest.raises(ValueError, match=f"at most 2 of 5 clients, got {liars}"):
+        Game(sees(attack), liars=liars).play(1)
+    Game(sees(attack), liars=2).play(1)
+
+
 def test_a_class_that_one_client_alone_sees_is_no_hint() -> None:
     game = Game(hinting({1: 1}, 1), probe_every=2).play(3)
     assert game.probed() == {1, 3}

@@ -504,6 +504,34 @@ def test_the_weight_limit_follows_the_median_of_the_claims() -> None:
         assert admitted == wanted
 
 
+@pytest.mark.parametrize(
+    ("claims", "counted"),
+    [
+        ([10, 10, 10, 30], [10, 10, 10, 30]),
+        ([10, 10, 10, 31], [10, 10, 10, 30]),
+        ([10, 10, 10, 100], [10, 10, 10, 30]),
+        ([10, 10, 10, 31.5], [10, 10, 10, 30.0]),
+        ([1, 1, 1, 1], [1, 1, 1, 1]),
+    ],
+)
+def test_a_claim_counts_up_to_three_times_the_median(
+    claims: list[float], counted: list[float]
+) -> None:
+    contents = [train_content(n) for n in HONEST]
+    for content, claim in zip(contents, claims, strict=True):
+        with_metric("num-examples", claim)(content)
+    before = [next(iter(content.metric_records.values())) for content in contents]
+    replies, template = replies_of(contents)
+
+    admitted, refused = admit(replies, template)
+
+    assert (admitted, refused) == (replies, [])
+    weights = [next(iter(m.content.metric_records.values()))["num-examples"] for m in admitted]
+    assert weights == counted
+    assert [type(weight) for weight in weights] == [type(claim) for claim in claims]
+    assert [record["num-examples"] for record in before] == claims, "the sender's own record stays"
+
+
 def test_another_metric_may_weight_the_average() -> None:
     contents = [train_content(n) for n in HONEST]
     for content in contents[1:]:
