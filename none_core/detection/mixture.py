@@ -44,6 +44,8 @@ class Unmixing(NamedTuple):
     ----------
     foreign : ndarray
         One minus the weight on the pair's own class, (clients, K).
+    error : ndarray
+        Standard error of that weight by sampling noise alone, (clients, K).
     noise : ndarray
         Length that the remainder would have by sampling noise alone, (clients, K).
     surprise : ndarray
@@ -53,6 +55,7 @@ class Unmixing(NamedTuple):
     """
 
     foreign: FloatArray
+    error: FloatArray
     noise: FloatArray
     surprise: FloatArray
     weights: FloatArray
@@ -66,12 +69,16 @@ class Mixture(Detector):
     2. Each client's mean for each label is written as a non-negative combination of the clean means
        (each layer first divided by its spread). A clean pair puts nearly all weight on its own
        class; *foreign* is the rest.
-    3. A pair is suspected if its foreign share exceeds ``foreign`` and stands out from the pairs by
-       ``outlier`` robust standard deviations. (Where it is known which samples were told apart
-       before, only their pairs are, and if their remainder is ``strange`` times the ordinary one:
-       poisoned samples may still look like their label, and odd ones not be poisoned. As near
-       duplicates vary little and still say no more about their class, such samples count as varying
-       no less than the others of their label.)
+    3. A pair is suspected if its foreign share exceeds ``foreign`` and, in multiples of its own
+       standard error, stands out from the pairs by ``outlier`` robust standard deviations; or if
+       half of that share is exceeded and its remainder is ``loud`` times the ordinary one. (The
+       share alone says little of a pair of a dozen samples, or where classes resemble each other;
+       the remainder says little before the model reacts to the trigger. No pair's samples count as varying less than the median
+       client's of the label: near duplicates do, and still say no more about their class. Where it
+       is known which samples were told apart before, only their pairs are suspected, and if their
+       remainder is ``strange`` times the ordinary one: poisoned samples may still look like their
+       label, and odd ones not be poisoned. Such samples count as varying no less than all the
+       others of their label.)
     4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
        leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
        are an ordinary blend.
@@ -89,6 +96,9 @@ class Mixture(Detector):
         Smallest suspicious foreign share, in (0, 1).
     outlier : float
         Robust standard deviations above the median pair, > 0.
+    loud : float
+        Remainder from which a pair with a suspicious foreign share is suspected, in multiples of
+        the ordinary pair's, > 1.
     alive : float
         Remainder of a live backdoor in multiples of the median pair's, > 1.
     significant : float
@@ -106,11 +116,12 @@ class Mixture(Detector):
     def __init__(
         self,
         foreign: float = 0.2,
-        outlier: float = 6.0,
+        outlier: float = 7.0,
         alive: float = 1.5,
         significant: float = 1.0,
         min_clients: int = 3,
         strange: float = 7.0,
+        loud: float = 4.0,
     ) -> None:
         if not 0 < foreign < 1:
             raise ValueError(f"foreign must be in (0, 1), got {foreign}")
@@ -124,8 +135,10 @@ class Mixture(Detector):
             raise ValueError(f"min_clients must be >= 3, got {min_clients}")
         if not strange > 1:
             raise ValueError(f"strange must be > 1, got {strange}")
+        if not loud > 1:
+            raise ValueError(f"loud must be > 1, got {loud}")
         self.foreign, self.outlier, self.alive, self.strange = foreign, outlier, alive, strange
-        self.significant, self.min_clients = significant, min_clients
+        self.significant, self.min_clients, self.loud = significant, min_clients, loud
 
     def summarise(self, report: Report) -> Summary:
         """Keep counts, means and variances."""
@@ -146,15 +159,18 @@ class Mixture(Detector):
         means = [summaries[c].mean for c in clients]
         variances = [summaries[c].variance for c in clients]
         clean_mean = robust_class_statistic(means, counts, self.min_clients)
-        deviation = np.sqrt(robust_class_statistic(variances, counts, self.min_clients))
+        clean_variance = robust_class_statistic(variances, counts, self.min_clients)
+        deviation = np.sqrt(clean_variance)
         apart = None
         if recent.apart is not None:
             apart = np.array([[(c, k) in recent.apart for k in labels] for c in clients])
             variances = _no_less(variances, counts, apart)
+        else:
+            variances = [np.fmax(variance, clean_variance) for variance in variances]
 
         scale = layer_scale(clean_mean, layer_of)
         unmixed = unmix(means, variances, counts, clean_mean, scale)
-        suspected = self._suspected(unmixed.foreign) if apart is None else apart
+        suspected = self._suspected(unmixed) if apart is None else apart
         ordinary = _median(unmixed.surprise[~suspected])
         if apart is not None:
             suspected = apart & (unmixed.surprise > self.strange * ordinary)
@@ -197,14 +213,19 @@ class Mixture(Detector):
             class_deviation=deviation,
         )
 
-    def _suspected(self, foreign: FloatArray) -> NDArray[np.bool_]:
-        known = foreign[np.isfinite(foreign)]
+    def _suspected(self, unmixed: Unmixing) -> NDArray[np.bool_]:
+        """Pairs that are a blend beyond doubt, and blends that leave much over."""
+        doubtless = unmixed.foreign / unmixed.error
+        known = doubtless[np.isfinite(doubtless)]
         if not known.size:
-            return np.zeros(foreign.shape, dtype=bool)
+            return np.zeros(doubtless.shape, dtype=bool)
         centre = np.median(known)
         spread = MAD_TO_SIGMA * np.median(np.abs(known - centre))
-        threshold = max(self.foreign, centre + self.outlier * spread)
-        suspected: NDArray[np.bool_] = np.nan_to_num(foreign) > threshold
+        blended = np.nan_to_num(doubtless) > centre + self.outlier * spread
+        loud = np.nan_to_num(unmixed.surprise) > self.loud * _median(unmixed.surprise)
+        foreign = np.nan_to_num(unmixed.foreign)
+        suspected: NDArray[np.bool_] = blended & (foreign > self.foreign)
+        suspected |= loud & (foreign > self.foreign / 2)
         return suspected
 
 
@@ -278,14 +299,16 @@ def unmix(
     """
     labels = np.flatnonzero(~np.isnan(clean_mean).any(1))
     shape = counts.shape
-    foreign, noise, surprise = (np.full(shape, np.nan) for _ in range(3))
-    result = Unmixing(foreign, noise, surprise, weights=np.zeros((*shape, shape[1])))
+    foreign, error, noise, surprise = (np.full(shape, np.nan) for _ in range(4))
+    result = Unmixing(foreign, error, noise, surprise, weights=np.zeros((*shape, shape[1])))
     if len(labels) < 2:
         return result
     # |A w - z| and |R w - Q'z| differ by a constant: with A = QR every problem shrinks to K x K.
     basis = clean_mean[labels] / scale
     q, r = np.linalg.qr(basis.T)
     precision = 1 / scale**2
+    # What each neuron's error adds to that of a class's weight, squared.
+    leverage = (np.linalg.pinv(r) @ q.T / scale) ** 2
     for i, (mean, variance) in enumerate(zip(means, variances, strict=True)):
         mine = labels[counts[i, labels] > 0]
         scaled = mean[mine] / scale
@@ -293,7 +316,9 @@ def unmix(
         weights = np.stack([nnls(r, b)[0] for b in projected]) if len(mine) else np.empty((0, 0))
         for row, k in enumerate(mine):
             total = weights[row].sum()
-            own = weights[row, np.searchsorted(labels, k)]
+            place = np.searchsorted(labels, k)
+            own = weights[row, place]
+            result.error[i, k] = np.sqrt(max(leverage[place] @ variance[k] / counts[i, k], 1e-12))
             result.foreign[i, k] = 1 - own / total if total > 0 else 1.0
             result.weights[i, k, labels] = weights[row]
             remainder = scaled[row] - weights[row] @ basis

@@ -18,6 +18,7 @@ from none_core.detection import Mixture
 from none_core.detection.base import Recent, upper_break, upper_breaks
 from none_core.detection.mixture import (
     Summary,
+    Unmixing,
     _no_less,
     layer_scale,
     robust_class_statistic,
@@ -153,6 +154,12 @@ def test_unmix_equals_least_squares_on_all_neurons(
             foreign = 1 - expected[k] / total if total > 0 else 1.0
             assert unmixed.foreign[i, k] == pytest.approx(foreign, abs=1e-5)
             surprise = residual / math.sqrt(noise)
+            estimate = np.linalg.pinv(matrix)[known.index(k)]  # of the own weight, from the values
+            error = sum(
+                (estimate[j] / scale[j]) ** 2 * variances[i][k, j] / counts[i, k]
+                for j in range(neurons)
+            )
+            assert unmixed.error[i, k] == pytest.approx(math.sqrt(error), rel=1e-4)
             assert unmixed.noise[i, k] == pytest.approx(math.sqrt(noise), rel=1e-5)
             assert unmixed.surprise[i, k] == pytest.approx(surprise, rel=1e-5, abs=1e-5)
 
@@ -171,6 +178,83 @@ def test_unmix_recovers_a_known_blend_and_its_remainder() -> None:
     assert unmixed.foreign[0].tolist() == pytest.approx([0.7, 0, 0], abs=1e-5)
     length = np.linalg.norm(across) / math.sqrt(6 * 2.0 / 8)
     assert unmixed.surprise[0].tolist() == pytest.approx([length, 0, 0], abs=1e-4)
+
+
+NEURONS, LABELS_HELD, SIX = 60, 8, 6
+
+
+def drawn(seed: int, counts: np.ndarray, alike: float, spread: float) -> tuple[Any, np.ndarray]:
+    """Summaries of samples around class means, of which each holds the next one's by a share."""
+    rng = np.random.default_rng(seed)
+    centres = rng.exponential(size=(LABELS_HELD, NEURONS))
+    centres = (1 - alike) * centres + alike * np.roll(centres, 1, axis=0)
+    return {
+        client: Summary(
+            mine,
+            np.stack(
+                [rng.normal(c, spread / np.sqrt(n)) for c, n in zip(centres, mine, strict=True)]
+            ).astype(np.float32),
+            np.full(centres.shape, spread**2, np.float32),
+        )
+        for client, mine in enumerate(counts)
+    }, centres
+
+
+def suspects(summaries: Any) -> list[tuple[int, int]]:
+    return pairs(Mixture().detect(summaries, np.zeros(NEURONS, dtype=np.int64)))
+
+
+def shares_of(summaries: Any) -> np.ndarray:
+    means, counts = [s.mean for s in summaries.values()], [s.counts for s in summaries.values()]
+    clean_mean = robust_class_statistic(means, np.stack(counts), 3)
+    scale = layer_scale(clean_mean, np.zeros(NEURONS, dtype=np.int64))
+    variances = [s.variance for s in summaries.values()]
+    return unmix(means, variances, np.stack(counts), clean_mean, scale).foreign
+
+
+@pytest.mark.parametrize(
+    ("foreign", "error", "surprise", "is_suspected"),
+    [
+        (0.60, 0.02, 1.0, True),  # a blend beyond doubt, though the model does not react
+        (0.60, 0.30, 1.0, False),  # a few samples: this share may be chance
+        (0.60, 0.30, 6.0, True),  # ... but not what it leaves over
+        (0.19, 0.001, 1.0, False),  # certain, and small
+        (0.15, 0.30, 6.0, True),
+        (0.09, 0.30, 6.0, False),  # odd, and no blend: another camera, say
+        (0.60, 0.30, 3.9, False),
+        (0.00, 0.30, 1.0, False),
+    ],
+)
+def test_a_pair_is_suspected_for_a_certain_share_or_for_what_it_leaves_over(
+    foreign: float, error: float, surprise: float, is_suspected: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    shares, errors = rng.uniform(0, 0.1, (10, LABELS_HELD)), np.full((10, LABELS_HELD), 0.05)
+    left_over = rng.uniform(0.8, 1.2, shares.shape)
+    left_over += 1 - np.median(left_over)
+    shares[2, 1], errors[2, 1], left_over[2, 1] = foreign, error, surprise
+    shares[5, 5] = errors[5, 5] = left_over[5, 5] = np.nan  # a label that it does not hold
+
+    unmixed = Unmixing(shares, errors, np.ones_like(shares), left_over, np.zeros((10, 8, 8)))
+
+    expected = [[2, 1]] if is_suspected else []
+    assert np.argwhere(Mixture()._suspected(unmixed)).tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_near_duplicates_say_no_more_than_other_samples(seed: int) -> None:
+    """Six frames of one drive vary by little, and differ from their class by much."""
+    counts = np.full((10, LABELS_HELD), SIX)
+    summaries, centres = drawn(seed, counts, alike=0.4, spread=2.0)
+    odd = summaries[0]
+    odd.mean[3] = 0.7 * centres[3] + 0.3 * centres[5]
+    odd.variance[3] = 1e-4
+
+    assert suspects(summaries) == []
+    assert shares_of(summaries)[0, 3] > 0.2
+    for summary in summaries.values():  # as if all clients' samples varied so little
+        summary.variance[3] = 1e-4
+    assert (0, 3) in suspects(summaries)
 
 
 def within_groups(*groups: list[float]) -> float:
@@ -356,9 +440,17 @@ def test_evidence_is_the_remainder_of_the_most_foreign_label_in_units_of_its_noi
     assert clean_mean is not None
     scale = slow_scale(clean_mean, layer_of)
     assert detection.client_evidence.keys() == reports.keys()
+    usual = np.nanmedian(
+        [
+            np.where(report.counts[:, None] > 0, report.moments()[1], np.nan)
+            for report in reports.values()
+        ],
+        axis=0,
+    )
     for client, report in reports.items():
         mean, variance = report.moments()
-        one = unmix([mean], [variance], report.counts[None], clean_mean, np.array(scale))
+        noisier = np.fmax(variance, usual)  # no client's samples count as varying less
+        one = unmix([mean], [noisier], report.counts[None], clean_mean, np.array(scale))
         k = int(one.foreign[0].argmax())
         for j, evidence in enumerate(detection.client_evidence[client]):
             blend = sum(one.weights[0, k, other] * clean_mean[other, j] for other in range(CLASSES))
