@@ -73,12 +73,12 @@ class Mixture(Detector):
        standard error, stands out from the pairs by ``outlier`` robust standard deviations; or if
        half of that share is exceeded and its remainder is ``loud`` times the ordinary one. (The
        share alone says little of a pair of a dozen samples, or where classes resemble each other;
-       the remainder says little before the model reacts to the trigger. No pair's samples count as varying less than the median
-       client's of the label: near duplicates do, and still say no more about their class. Where it
-       is known which samples were told apart before, only their pairs are suspected, and if their
-       remainder is ``strange`` times the ordinary one: poisoned samples may still look like their
-       label, and odd ones not be poisoned. Such samples count as varying no less than all the
-       others of their label.)
+       the remainder says little before the model reacts to the trigger. No pair's samples count
+       as varying less than the median client's of the label: near duplicates do, and still say no
+       more about their class. Where it is known which samples were told apart before, only their
+       pairs are suspected, and if their remainder is ``strange`` times the ordinary one: poisoned
+       samples may still look like their label, and odd ones not be poisoned. Such samples count as
+       varying no less than all the others of their label.)
     4. The backdoor is alive if a suspected pair's remainder is ``alive`` times what sampling noise
        leaves in the ordinary pairs: while the model does not react to the trigger, poisoned data
        are an ordinary blend.
