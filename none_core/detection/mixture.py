@@ -161,15 +161,13 @@ class Mixture(Detector):
         clean_mean = robust_class_statistic(means, counts, self.min_clients)
         clean_variance = robust_class_statistic(variances, counts, self.min_clients)
         deviation = np.sqrt(clean_variance)
-        apart = None
+        apart, least = None, clean_variance
         if recent.apart is not None:
             apart = np.array([[(c, k) in recent.apart for k in labels] for c in clients])
-            variances = _no_less(variances, counts, apart)
-        else:
-            variances = [np.fmax(variance, clean_variance) for variance in variances]
+            variances, least = _no_less(variances, counts, apart), np.zeros_like(clean_variance)
 
         scale = layer_scale(clean_mean, layer_of)
-        unmixed = unmix(means, variances, counts, clean_mean, scale)
+        unmixed = unmix(means, variances, counts, clean_mean, scale, least)
         suspected = self._suspected(unmixed) if apart is None else apart
         ordinary = _median(unmixed.surprise[~suspected])
         if apart is not None:
@@ -183,7 +181,8 @@ class Mixture(Detector):
 
         scores = np.zeros(len(layer_of))
         for i, k in np.argwhere(alive):
-            found, error = remainder(i, k), np.sqrt(variances[i][k] / counts[i, k]) / scale
+            variance = np.fmax(variances[i][k], least[k])
+            found, error = remainder(i, k), np.sqrt(variance / counts[i, k]) / scale
             scores = np.maximum(scores, np.where(found > self.significant * error, found, 0))
         holders = (counts > 0).sum(0)
         suspicions = tuple(
@@ -283,6 +282,7 @@ def unmix(
     counts: NDArray[np.int64],
     clean_mean: FloatArray,
     scale: FloatArray,
+    least: FloatArray | None = None,
 ) -> Unmixing:
     """Write every (client, label) mean as a non-negative combination of the clean class means.
 
@@ -296,6 +296,8 @@ def unmix(
         (K, J), NaN for unknown classes.
     scale : ndarray
         (J,).
+    least : ndarray, optional
+        Variances that no client's are taken to be below, (K, J); NaN is none.
     """
     labels = np.flatnonzero(~np.isnan(clean_mean).any(1))
     shape = counts.shape
@@ -310,6 +312,8 @@ def unmix(
     # What each neuron's error adds to that of a class's weight, squared.
     leverage = (np.linalg.pinv(r) @ q.T / scale) ** 2
     for i, (mean, variance) in enumerate(zip(means, variances, strict=True)):
+        if least is not None:
+            variance = np.fmax(variance, least)
         mine = labels[counts[i, labels] > 0]
         scaled = mean[mine] / scale
         projected = scaled @ q
