@@ -32,7 +32,7 @@ help:
 	@echo "make bars       every promised figure, three seeds each, into docs/bars.md (an hour;"
 	@echo "                DATA_ROOT=folder for full MNIST)"
 	@echo "make matrix     what decides among defences, attacks and data, into docs/results-small.md"
-	@echo "                (half an hour); MATRIX=simulations/experiments/matrix.toml for all of it"
+	@echo "                (40 minutes); MATRIX=simulations/experiments/matrix.toml for all of it"
 	@echo "make thresholds how the thresholds do on held-out training images (an hour and a half)"
 	@echo "make test       lint, types and tests"
 	@echo "make lint       ruff and mypy"
