@@ -126,7 +126,10 @@ class ThresholdsConfig(Section):
         0.2, gt=0, lt=1, description="Share of other classes in a suspected pair's mean values."
     )
     outlier: float = Field(
-        7.0, gt=0, description="Robust standard deviations by which it exceeds the median pair's."
+        7.0,
+        gt=0,
+        description="Robust standard deviations by which that, over its standard error, exceeds "
+        "the median pair's.",
     )
     alive: float = Field(
         1.5, gt=1, description="Remainder of a live backdoor, in multiples of an ordinary one."
