@@ -583,7 +583,7 @@ def _benchmark(file: Path) -> list[str]:
     """Write a benchmark's method, and a line for each of its cases."""
     title = f"## Benchmark: {file.stem}"
     if not file.exists():
-        return [title, f"{NOT_RUN}: `python -m benchmarks {file.stem} --out {file.name}`"]
+        return [title, f"{NOT_RUN}: `python -m benchmarks {file.stem} --out {_shown(file)}`"]
     content = results.read(file.parent, file.name)
     rows = [
         {content["benchmark"]: row["case"]}
