@@ -159,6 +159,7 @@ def _loaded(run: Run, data_root: Path | None) -> Data:
         train_labels=train[1],
         test_images=test[0],
         test_labels=test[1],
+        train_groups=None,  # of all images; they have done their part
     )
 
 

@@ -109,7 +109,8 @@ def hold_out(data: Data) -> Data:
     """Put a fifth of every class's training images in the place of the test images.
 
     What is chosen by looking at scores (a threshold, say) is chosen on these, so that the test
-    images stay what nothing was fitted to.
+    images stay what nothing was fitted to. Images of one group are held out together, or not: the
+    next frame of the same drive would say nothing of drives that were not seen.
 
     Parameters
     ----------
@@ -118,19 +119,24 @@ def hold_out(data: Data) -> Data:
     Returns
     -------
     Data
-        Always the same images of one data set; of a class with fewer than five, none are held out.
+        Always the same images of one data set; of a class with fewer than five groups (images, if
+        there are none), none are held out.
     """
     labels = data.train_labels.numpy()
+    groups = np.arange(len(labels)) if data.train_groups is None else data.train_groups
     rng = np.random.default_rng(HELD_OUT_SEED)
-    members = (rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels))
-    aside = np.sort(np.concatenate([each[: int(HELD_OUT_SHARE * len(each))] for each in members]))
-    rest = np.setdiff1d(np.arange(len(labels)), aside)
+    aside = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        present = rng.permutation(np.unique(groups[labels == label]))
+        some = present[: int(HELD_OUT_SHARE * len(present))]
+        aside |= (labels == label) & np.isin(groups, some)
     return replace(
         data,
-        train_images=data.train_images[rest],
-        train_labels=data.train_labels[rest],
+        train_images=data.train_images[~aside],
+        train_labels=data.train_labels[~aside],
         test_images=data.train_images[aside],
         test_labels=data.train_labels[aside],
+        train_groups=None if data.train_groups is None else groups[~aside],
     )
 
 
@@ -148,7 +154,7 @@ def save(data: Data, folder: Path) -> Path:
     -------
     Path
         The file, ``NAME.npz``: images uint8 (N, C, H, W) and labels int64 (N,) of each split, and
-        the names of the classes.
+        the names of the classes; not which images belong together.
     """
     file = _saved_file(data.name, folder)
     np.savez_compressed(

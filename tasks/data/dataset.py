@@ -34,6 +34,9 @@ class Data:
         int64, shape (N,), each in 0..len(classes) - 1.
     classes : tuple of str
         The name of each class, in label order.
+    train_groups : ndarray of int64, shape (N,), optional
+        Training images of one class and one number are of one thing (frames of one drive), and are
+        not held out apart.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Data:
     test_images: Tensor
     test_labels: Tensor
     classes: tuple[str, ...]
+    train_groups: npt.NDArray[np.int64] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -103,6 +107,7 @@ def assemble(
     train: tuple[Images, Labels],
     test: tuple[Images, Labels],
     classes: tuple[str, ...],
+    train_groups: Labels | None = None,
 ) -> Data:
     """Check that images, labels and classes belong together, and make tensors that own memory."""
     for split, (images, labels) in (("train", train), ("test", test)):
@@ -115,6 +120,11 @@ def assemble(
                 f'data set "{name}" has {split} labels outside 0..{len(classes) - 1}: '
                 f"{labels.min()}..{labels.max()}"
             )
+    if train_groups is not None and train_groups.shape != (len(train[1]),):
+        raise DataError(
+            f'data set "{name}" has {len(train[1])} training images but groups of shape '
+            f"{train_groups.shape}"
+        )
     (train_images, train_labels), (test_images, test_labels) = train, test
     return Data(
         name,
@@ -123,6 +133,7 @@ def assemble(
         torch.from_numpy(_owned(test_images)),
         torch.from_numpy(test_labels.astype(np.int64)),
         classes,
+        None if train_groups is None else train_groups.astype(np.int64),
     )
 
 

@@ -74,21 +74,24 @@ _SIDE = 32
 def _load_gtsrb(name: str, data_root: Path | None, download: bool) -> Data:
     """Read ``gtsrb32.npz`` where there is one, and the images torchvision unpacks otherwise.
 
-    Those are scaled to 32x32 as they are, with the border around the sign.
+    Those are scaled to 32x32 as they are, with the border around the sign. Training images are
+    frames of drives past a sign, whose number is in the file's name, or ``track_train`` in the npz.
     """
     root = require_root(name, data_root)
     folder = root / "gtsrb"
     table = folder / "gtsrb32.npz"
     if table.is_file():
         train, test = (_read_npz(table, split) for split in ("train", "test"))
-        return assemble(name, train, test, _CLASSES)
+        return assemble(name, train, test, _CLASSES, _drives(table))
     images = folder / "GTSRB" / "Training", folder / "GTSRB" / "Final_Test" / "Images"
     if not all(part.is_dir() for part in images):
         if not download:
             raise DataError(not_found(name, root, f"{table}, or {images[0]} and {images[1]}"))
         for split in ("train", "test"):
             fetch(name, "GTSRB", root, split=split)
-    return assemble(name, _read_class_folders(images[0]), _read_listed(images[1], folder), _CLASSES)
+    signs, labels, drives = _read_class_folders(images[0])
+    test = _read_listed(images[1], folder)
+    return assemble(name, (signs, labels), test, _CLASSES, drives)
 
 
 def _read_npz(file: Path, split: str) -> tuple[Images, Labels]:
@@ -106,10 +109,18 @@ def _read_npz(file: Path, split: str) -> tuple[Images, Labels]:
     return images.transpose(0, 3, 1, 2), labels
 
 
-def _read_class_folders(folder: Path) -> tuple[Images, Labels]:
-    """Read ``00000/*.ppm``, ...: the folder's number is the label."""
+def _drives(file: Path) -> Labels | None:
+    """Read the number of each training image's drive, unless the file does not say."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return arrays.get("track_train")
+
+
+def _read_class_folders(folder: Path) -> tuple[Images, Labels, Labels]:
+    """Read ``00000/00001_00002.ppm``, ...: label, drive and frame; images, labels and drives."""
     files = sorted(folder.glob("[0-9]*/*.ppm"))
-    return _read_signs(folder, files), np.array([int(file.parent.name) for file in files])
+    labels = np.array([int(file.parent.name) for file in files])
+    drives = np.array([int(file.stem.split("_")[0]) for file in files])
+    return _read_signs(folder, files), labels, drives
 
 
 def _read_listed(folder: Path, table_folder: Path) -> tuple[Images, Labels]:

@@ -575,6 +575,33 @@ class TestHeldOut:
             assert torch.equal(images.flatten().long() % 6, labels)
         assert torch.equal(one.test_images, other.test_images)
 
+    def test_images_of_one_group_stay_together(self):
+        labels = torch.tensor([0, 1]).repeat_interleave(30)
+        pixels = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
+        drives = np.arange(60) // 3  # ten of three frames in each class
+        made = data.Data("made", pixels, labels, pixels[:0], labels[:0], ("a", "b"), drives)
+        split = data.hold_out(made)
+        aside = np.unique(split.test_images.flatten().numpy() // 3)
+        assert len(split.test_images) == 3 * len(aside) == 12
+        assert split.test_labels.bincount().tolist() == [6, 6]
+        assert not np.isin(split.train_groups, aside).any()
+        assert np.array_equal(split.train_groups, split.train_images.flatten().numpy() // 3)
+
+    def test_drives_of_traffic_signs_are_read_from_both_layouts(self, tmp_path):
+        write_gtsrb_folders(tmp_path / "gtsrb")
+        train = tmp_path / "gtsrb" / "GTSRB" / "Training"
+        (train / "00000" / "00000_00001.ppm").rename(train / "00000" / "00003_00000.ppm")
+        assert data.load("gtsrb", tmp_path).train_groups.tolist() == [0, 3, 0, 0]
+
+        arrays = write_gtsrb_npz(tmp_path / "other" / "gtsrb")
+        assert data.load("gtsrb", tmp_path / "other").train_groups is None
+        drives = np.arange(len(arrays["y_train"]))
+        np.savez(tmp_path / "other" / "gtsrb" / "gtsrb32.npz", **arrays, track_train=drives)
+        assert data.load("gtsrb", tmp_path / "other").train_groups.tolist() == drives.tolist()
+        np.savez(tmp_path / "other" / "gtsrb" / "gtsrb32.npz", **arrays, track_train=drives[1:])
+        with pytest.raises(data.DataError, match="groups of shape"):
+            data.load("gtsrb", tmp_path / "other")
+
     def test_of_a_tiny_class_nothing_is_put_aside(self):
         labels = torch.tensor([0] * 4 + [1] * 5)
         pixels = torch.arange(9, dtype=torch.uint8).reshape(9, 1, 1, 1)
