@@ -206,6 +206,7 @@ class Run:
             "neurons_reset": len(defence.neurons_reset),
             "suspected": self._partitions(defence.suspected),
             "named": self._partitions(defence.named),
+            "left_out": self._partitions(defence.left_out),
             "quarantined": self._partitions(defence.quarantined),
             "attacked": [a.label for a in defence.detection.attacks] if defence.detection else [],
             "standings": defence.standings,

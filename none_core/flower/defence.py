@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import Any, Literal
@@ -48,6 +48,7 @@ _FEWEST_HINTING = 2  # clients to whom a class must look attacked for the others
 _MOST_HINTS = 3  # classes that clients are asked to look harder at, since some of them may lie
 
 AuditSink = Callable[[dict[str, Any]], None]
+Again = Callable[[Collection[int]], ArrayRecord | None]  # aggregate without some nodes' replies
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,9 @@ class Defence:
         Share of each layer's neurons whose incoming weights a repair takes the median of, (0, 1].
     quarantine : bool
         Leave out the updates of clients that were named repeatedly.
+    reaggregate : bool
+        Leave out those of clients that a round's own reports name, by aggregating it again; only
+        with `quarantine`.
     reputation : Reputation, optional
         How evidence against clients accumulates and fades.
     liars : int, optional
@@ -155,6 +159,7 @@ class Defence:
         repair: bool = True,
         repair_share: float = 0.4,
         quarantine: bool = True,
+        reaggregate: bool = True,
         reputation: Reputation | None = None,
         liars: int | None = None,
         probe_steps: int = 30,
@@ -195,7 +200,7 @@ class Defence:
             purify_others,
         )
         self.repair, self.repair_share = repair, repair_share
-        self.quarantine, self.liars = quarantine, liars
+        self.quarantine, self.reaggregate, self.liars = quarantine, reaggregate, liars
         self.share_probes = share_probes
         self.min_count, self.timeout = min_count, timeout
         self.max_samples, self.max_weight_ratio = max_samples, max_weight_ratio
@@ -222,7 +227,8 @@ class Defence:
         self._resets = 0  # that this attack has led to
         self._left_over: IntArray = np.empty(0, dtype=np.int64)  # compromised, not reset yet
         self._spoken_of: frozenset[int] = frozenset()  # classes with a backdoor, some say
-        self._trained: dict[int, ArrayRecord] = {}  # this round's admitted models
+        self._trained: dict[int, ArrayRecord] = {}  # this round's valid models ...
+        self._let_in: set[int] = set()  # ... and whose of them are aggregated
         self._generator = torch.Generator().manual_seed(seed)
         self._grid: Grid | None = None
         self._nodes: list[int] = []
@@ -300,14 +306,26 @@ class Defence:
                 if isinstance(dropped, int) and 0 <= dropped <= self.max_samples:
                     self.record.purified[message.metadata.src_node_id] = dropped
         self._trained = {
-            message.metadata.src_node_id: next(iter(message.content.array_records.values()))
+            message.metadata.src_node_id: next(
+                iter(messages.copied(message.content).array_records.values())
+            )
             for message in valid
             if message.has_content()
         }
-        return [message for message in valid if message.metadata.src_node_id not in self._excluded]
+        out = self._excluded
+        self._let_in = self._trained.keys() - out
+        return [message for message in valid if message.metadata.src_node_id not in out]
 
-    def defended(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Give the aggregated model its old dtypes back, and reset what must be reset."""
+    def defended(self, arrays: ArrayRecord, again: Again | None = None) -> ArrayRecord:
+        """Give the aggregated model its old dtypes back, and reset what must be reset.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The aggregated model.
+        again : callable, optional
+            Aggregates this round again without some nodes' replies; None if it cannot.
+        """
         arrays = self._with_dtypes(arrays)
         server_round = self.record.server_round
         if not self.policy.queries(server_round, self.last_round):
@@ -324,13 +342,14 @@ class Defence:
                 f"{record.asked} asked, quorum is {needed}"
             )
             log(WARNING, "NONE round %s: %s", server_round, decision)
-            self._close(decision, arrays, arrays)
+            self._close(decision, arrays, arrays, arrays)
             return arrays
         detection = self._detect({client: answer.summary for client, answer in reports.items()})
         record.detection = detection
         accuracy = {c: a.accuracy for c, a in reports.items() if c not in self._excluded}
         self._accuracy = float(np.median(list(accuracy.values()) or [0.0]))
-        confirmed = self._attribute(detection)
+        confirmed, named = self._attribute(detection)
+        asked_about, arrays = arrays, self._without(named, arrays, again)
         planned = decide(
             detection, self.layer_of, self.policy, accuracy=self._accuracy, confirmed=confirmed
         )
@@ -348,6 +367,8 @@ class Defence:
         self._left_over = self._left_over[~np.isin(self._left_over, neurons)]
         if not neurons.size or server_round > self._watched_until:
             self._left_over = self._left_over[:0]
+        if record.left_out:
+            decision = f"aggregated again without {len(record.left_out)} clients; {decision}"
         if after is not before:
             record.neurons_reset, record.before = neurons, before
             arrays = messages.record_of(after)
@@ -355,7 +376,7 @@ class Defence:
             self._filter = build_filter(detection, self.layer_of, threshold=self.purify_others)
             self._filter_undo = Undo.between(before, after)
         digests = {client: answer.digest for client, answer in reports.items()}
-        self._close(decision, aggregated, arrays, digests)
+        self._close(decision, asked_about, aggregated, arrays, digests)
         return arrays
 
     def skipped(self) -> None:
@@ -431,8 +452,10 @@ class Defence:
             client_evidence=everyone.client_evidence,
         )
 
-    def _attribute(self, detection: Detection) -> bool:
-        """Hold this round's evidence against the clients; whether an attack is confirmed.
+    def _attribute(self, detection: Detection) -> tuple[bool, list[int]]:
+        """Hold this round's evidence against the clients.
+
+        Returns whether an attack is confirmed, and whom the evidence names that was not left out.
 
         Updates are compared where a confirmed attack was seen, and some rounds longer. What they
         showed when it was first seen counts as soon as it is confirmed. Clients in quarantine are
@@ -479,7 +502,27 @@ class Defence:
                 log(WARNING, "NONE round %s: node %s is quarantined", record.server_round, client)
             for client in sorted(excluded - reputation.quarantined):
                 log(INFO, "NONE round %s: node %s is cleared", record.server_round, client)
-        return confirmed
+        return confirmed, [c for c, weight in found.items() if weight and c in self._let_in]
+
+    def _without(self, named: list[int], arrays: ArrayRecord, again: Again | None) -> ArrayRecord:
+        """Aggregate this round again without those whom its own evidence names.
+
+        Quarantine takes two namings and begins with the next round; what a backdoor gets into the
+        model before that, training does not soon take out again. The update of an honest client
+        that is named by mistake is missed in one round. Fewer than half are ever left out.
+        """
+        if again is None or not (self.quarantine and self.reaggregate):
+            return arrays
+        already = len(self._trained) - len(self._let_in)
+        most = max(0, (len(self._trained) - 1) // 2 - already)
+        evidence = self._reputation.evidence
+        left_out = sorted(sorted(named, key=lambda client: (-evidence[client], client))[:most])
+        second = again(left_out) if left_out else None
+        if second is None:
+            return arrays
+        self.record.left_out = left_out
+        log(WARNING, "NONE round %s: left out %s", self.record.server_round, left_out)
+        return self._with_dtypes(second)
 
     def _apart(self, scene: Scene) -> list[int]:
         """Clients whose updates stand out in a scene, ascending."""
@@ -541,7 +584,8 @@ class Defence:
 
     def _repaired(self, before: dict[str, Tensor], detection: Detection) -> dict[str, Tensor]:
         """Put the clients' median where a backdoor may live; ``before`` itself if nowhere."""
-        trained = [arrays for c, arrays in self._trained.items() if c not in self._excluded]
+        out = self._excluded.union(self.record.left_out)
+        trained = [arrays for c, arrays in self._trained.items() if c not in out]
         scenes = self._scenes(detection) if self.repair else []
         if not scenes or len(trained) < FEWEST:
             return before
@@ -664,6 +708,7 @@ class Defence:
     def _close(
         self,
         decision: str,
+        asked_about: ArrayRecord | None = None,
         aggregated: ArrayRecord | None = None,
         released: ArrayRecord | None = None,
         digests: dict[int, str] | None = None,
@@ -678,6 +723,7 @@ class Defence:
         if self.audit is None:
             return
         before = _model_digest(aggregated)
+        about = before if asked_about is aggregated else _model_digest(asked_about)
         reset = [
             (self.neurons.label(int(j)), self.neurons.rows(self._model, int(j)))
             for j in record.neurons_reset
@@ -688,6 +734,7 @@ class Defence:
                 "reports": {str(node): digest for node, digest in (digests or {}).items()},
                 "budget": self.policy.budget,
                 "how": self.how,
+                "asked_about": about,
                 "aggregated": before,
                 "released": before if released is aggregated else _model_digest(released),
             }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from logging import WARNING
 from typing import Any, cast
@@ -64,8 +64,9 @@ from none_core.flower.messages import (
     QUERY,
     REPORT,
 )
-from none_core.flower.strategy import make_defence, without_reset
+from none_core.flower.strategy import make_defence
 from none_core.flower.validation import Template, template_of
+from none_core.flower.wrapped import Rewind, inner_of, without_reset
 
 ClientFn = Callable[[Context], Client | NumPyClient]
 
@@ -162,12 +163,26 @@ class NoneStrategy(Strategy):
         valid = [by_node[message.metadata.src_node_id] for message in admitted]
         for _, result in valid:
             result.metrics.pop(_DROPPED, None)
+        rewind = Rewind(self.strategy)
         parameters, metrics = self.strategy.aggregate_fit(server_round, valid, failures)
         if parameters is None:
             self.defence.skipped()
             return None, metrics
         before = _named(parameters, self._template)
-        after = self.defence.defended(ArrayRecord(dict(before)))
+
+        def again(without: Collection[int]) -> ArrayRecord | None:
+            nonlocal before, metrics
+            kept = [(proxy, result) for proxy, result in valid if self._node(proxy) not in without]
+            undo = rewind.back()
+            second, theirs = self.strategy.aggregate_fit(server_round, kept, failures)
+            if second is None:
+                undo()
+                return None
+            before, metrics = _named(second, self._template), theirs
+            return ArrayRecord(dict(before))
+
+        alone = inner_of(self.strategy, Strategy) is None
+        after = self.defence.defended(ArrayRecord(dict(before)), again if alone else None)
         _carry_over_reset(self.strategy, before, after)
         figures: dict[str, Any] = dict(self.defence.metrics())
         return _parameters(after), {**metrics, **figures}
@@ -423,8 +438,8 @@ def _identify() -> None:
 
 def _carry_over_reset(strategy: Strategy, before: ArrayRecord, after: ArrayRecord) -> None:
     """Let strategies that keep a momentum and their own copy of the model know of a reset."""
-    inner = getattr(strategy, "strategy", None)
-    if isinstance(inner, Strategy):  # a wrapper of Flower's own, around which we are
+    inner = inner_of(strategy, Strategy)
+    if inner is not None:  # we are around the wrapper
         _carry_over_reset(inner, before, after)
 
     def moved(momentum: list[NDArray[Any]]) -> list[NDArray[Any]]:

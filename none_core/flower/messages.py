@@ -326,6 +326,12 @@ def _npy_header(descr: str, shape: tuple[int, ...], fortran: bool) -> bytes:
     return buffer.getvalue()
 
 
+def copied(content: RecordDict) -> RecordDict:
+    """Copy records, but not the arrays in them: what is taken out of one stays in the other."""
+    records: dict[str, Any] = {name: record for name, record in content.items()}
+    return RecordDict({name: type(record)(dict(record)) for name, record in records.items()})
+
+
 def state_of(arrays: ArrayRecord) -> dict[str, torch.Tensor]:
     """Torch state dict of a record, in its own memory."""
     return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}

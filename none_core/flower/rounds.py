@@ -48,6 +48,9 @@ class RoundRecord:
         Node ids of the clients whose updates stand out where the backdoor lives, ascending.
     evidence : dict of int to float
         What is held against each client after this round.
+    left_out : list of int
+        Node ids of the clients whom this round's evidence names beyond doubt, so that it was
+        aggregated again without them, ascending; those in quarantine before are not among them.
     quarantined : list of int
         Node ids of the clients whose updates will be left out from the next round on, ascending.
     before : dict of str to Tensor or None
@@ -69,6 +72,7 @@ class RoundRecord:
     detection: Detection | None = None
     named: list[int] = field(default_factory=list)
     evidence: dict[int, float] = field(default_factory=dict)
+    left_out: list[int] = field(default_factory=list)
     quarantined: list[int] = field(default_factory=list)
     before: dict[str, Tensor] | None = None
 
@@ -140,6 +144,7 @@ def audit_entry(
         ],
         "named": record.named,
         "evidence": {str(c): round(e, 6) for c, e in record.evidence.items() if e},
+        "left_out": record.left_out,
         "quarantined": record.quarantined,
         "standings": record.standings,
         "repaired": record.repaired,

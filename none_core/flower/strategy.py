@@ -6,20 +6,19 @@ During Training", NeurIPS 2022, section 5.4 (the federated defence).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from typing import Any, cast
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvgM, Result, Strategy
-from flwr.serverapp.strategy.fedopt import FedOpt
-from numpy.typing import NDArray
+from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from none_core.decision import Policy
+from none_core.flower import messages
 from none_core.flower.defence import Defence
+from none_core.flower.wrapped import Rewind, carry_over_reset, inner_of, weighted_by
 
 _POLICY = tuple(field.name for field in fields(Policy))
 
@@ -32,6 +31,11 @@ class NoneStrategy(Strategy):
     reports about the aggregated model, compromised neurons are identified and reset, and the model
     that is evaluated and broadcast next is the reset one. Before ``start_round`` the result equals
     the wrapped strategy's bit for bit.
+
+    Where a round's own reports incriminate clients beyond doubt, the wrapped strategy aggregates
+    it a second time, without them; its attributes are put back before. One that changes arrays in
+    place or writes files in ``aggregate_train`` does so twice: ``reaggregate=False`` spares it
+    that. Wrappers (differential privacy) are never asked twice.
 
     Wrapping replaces the wrapped strategy's own ``start``; if it overrides that (to save
     checkpoints, say), use :class:`NoneMixin` instead.
@@ -168,58 +172,36 @@ def _defended(
     replies: Iterable[Message],
     aggregate: Callable[[int, Iterable[Message]], tuple[ArrayRecord | None, MetricRecord | None]],
 ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-    valid = defence.admitted(replies, _weighted_by(strategy))
-    arrays, metrics = aggregate(defence.record.server_round, valid)
-    if arrays is None:  # nobody's reply was usable, or the strategy refused to aggregate
+    valid = defence.admitted(replies, weighted_by(strategy))
+    server_round, rewind = defence.record.server_round, Rewind(strategy)
+    contents = {id(m): messages.copied(m.content) for m in valid if m.has_content()}
+    aggregated, metrics = aggregate(server_round, valid)
+    if aggregated is None:  # nobody's reply was usable, or the strategy refused to aggregate
         defence.skipped()
         return None, metrics
-    aggregated, arrays = arrays, defence.defended(arrays)
+
+    def again(without: Collection[int]) -> ArrayRecord | None:
+        nonlocal aggregated, metrics
+        kept = [message for message in valid if message.metadata.src_node_id not in without]
+        for message in kept:
+            if message.has_content():  # of which FedMedian, for one, leaves nothing
+                message.content = contents[id(message)]
+        undo = rewind.back()
+        second, theirs = aggregate(server_round, kept)
+        if second is None:
+            undo()
+        else:
+            aggregated, metrics = second, theirs
+        return second
+
+    # A wrapper may add noise to its one release, or have changed the replies.
+    alone = inner_of(strategy, Strategy) is None
+    arrays = defence.defended(aggregated, again if alone else None)
     if arrays is not aggregated:
-        _carry_over_reset(strategy, aggregated, arrays)
+        carry_over_reset(strategy, aggregated, arrays)
     metrics = MetricRecord() if metrics is None else metrics
     metrics.update(defence.metrics())
     return arrays, metrics
-
-
-def _carry_over_reset(strategy: Strategy, before: ArrayRecord, after: ArrayRecord) -> None:
-    """Let strategies that keep a momentum, or their own copy of the model, know of a reset.
-
-    Otherwise FedAvgM's next round would start from the compromised weights again, and the momentum
-    of FedAdam, FedYogi and FedAvgM would move the reset ones. The momentum of what was reset is
-    dropped; everything else keeps its own.
-    """
-    inner = getattr(strategy, "strategy", None)
-    if isinstance(inner, Strategy):  # a wrapper of Flower's own, around which we are
-        _carry_over_reset(inner, before, after)
-    if isinstance(strategy, FedAvgM) and strategy.current_arrays is not None:
-        strategy.current_arrays = after
-        if strategy.momentum_vector is not None:
-            strategy.momentum_vector = [
-                without_reset(momentum, before[name], after[name])
-                for name, momentum in zip(before, strategy.momentum_vector, strict=True)
-            ]
-    if isinstance(strategy, FedOpt) and strategy.m_t is not None:
-        strategy.m_t = {
-            name: without_reset(momentum, before[name], after[name])
-            for name, momentum in strategy.m_t.items()
-        }
-
-
-def without_reset(momentum: NDArray[Any], before: Array, after: Array) -> NDArray[Any]:
-    """Zero the momentum of the rows that a reset changed."""
-    changed = np.atleast_1d(before.numpy() != after.numpy())
-    rows = changed.reshape(len(changed), -1).any(1)
-    kept = np.array(momentum)
-    np.atleast_1d(kept)[rows] = 0
-    return kept
-
-
-def _weighted_by(strategy: Strategy) -> str:
-    """Metric by which a strategy weights its average; wrappers leave that to what they wrap."""
-    inner = getattr(strategy, "strategy", None)
-    if isinstance(inner, Strategy):
-        return _weighted_by(inner)
-    return str(getattr(strategy, "weighted_by_key", "num-examples"))
 
 
 def _num_rounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

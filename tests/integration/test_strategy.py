@@ -153,7 +153,7 @@ def test_a_planted_backdoor_is_reset_before_the_model_is_sent() -> None:
 
 
 def test_exactly_the_planted_neurons_are_reset_and_nothing_else() -> None:
-    _, models = Federation(echo).run(defended(purify=False), 1)
+    _, models = Federation(echo).run(defended(purify=False, reaggregate=False), 1)
     expected = Federation(echo).run(fedavg(), 1)[1][1]
     for j in PLANTED[:-1]:
         expected["0.weight"][j] = 0
@@ -259,7 +259,7 @@ def test_a_reset_stays_under_every_strategy(inner: str) -> None:
 @pytest.mark.parametrize("inner", ["FedAvgM", "FedAdam", "FedYogi", "privacy around FedAvgM"])
 def test_momentum_would_undo_a_reset(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what the test above checks, the rows move again."""
-    monkeypatch.setattr(strategy, "_carry_over_reset", lambda *args: None)
+    monkeypatch.setattr(strategy, "carry_over_reset", lambda *args: None)
     protected = defended(INNER[inner](), start_round=2, every=100, purify=False)
     _, models = Federation(noise_then_echo).run(protected, 3)
     assert rows_of_the_planted(models[3]).any()
@@ -268,7 +268,8 @@ def test_momentum_would_undo_a_reset(inner: str, monkeypatch: pytest.MonkeyPatch
 def test_momentum_of_what_was_not_reset_is_kept() -> None:
     def run(policy: dict[str, Any]) -> list[State]:
         inner = FedAvgM(**EVERYBODY, server_momentum=0.9)
-        return Federation(noise_then_echo).run(defended(inner, purify=False, **policy), 4)[1]
+        alone = defended(inner, purify=False, reaggregate=False, **policy)
+        return Federation(noise_then_echo).run(alone, 4)[1]
 
     with_reset, without = run({"start_round": 2, "every": 100}), run({"start_round": 100})
     assert torch.equal(with_reset[3]["4.bias"], without[3]["4.bias"])
@@ -279,9 +280,9 @@ def test_momentum_of_what_was_not_reset_is_kept() -> None:
 
 def test_a_strategy_inside_a_wrapper_may_weight_by_another_metric() -> None:
     inner = private(FedMedian(**EVERYBODY, weighted_by_key="num-examples"))
-    assert strategy._weighted_by(inner) == "num-examples"
-    assert strategy._weighted_by(private(FedAvg(weighted_by_key="tokens"))) == "tokens"
-    assert strategy._weighted_by(private(private(FedAvg(weighted_by_key="n")))) == "n"
+    assert strategy.weighted_by(inner) == "num-examples"
+    assert strategy.weighted_by(private(FedAvg(weighted_by_key="tokens"))) == "tokens"
+    assert strategy.weighted_by(private(private(FedAvg(weighted_by_key="n")))) == "n"
 
 
 def test_a_strategy_that_returns_nothing_keeps_the_model_and_the_run_going() -> None:
@@ -466,7 +467,8 @@ def test_a_reset_whose_cost_nobody_tells_is_not_made() -> None:
             answered.add(partition)
 
     lines: list[dict[str, Any]] = []
-    _, models = Federation(echo, watch=once).run(defended(audit=lines.append), 1)
+    protected = defended(audit=lines.append, reaggregate=False)
+    _, models = Federation(echo, watch=once).run(protected, 1)
     assert same(models[1], unchanged())
     assert "nobody said what a change would cost" in lines[0]["decision"]
     assert lines[0]["missing"] == 0  # all of them told what they were asked first

@@ -463,8 +463,8 @@ def test_strategies_with_a_memory_do_not_undo_a_reset(cls: Any) -> None:
     strategy, deployment = defended(inner, start_round=99), Deployment()
     reset = strategy.defence.defended
 
-    def without_a_neuron(arrays: Any) -> Any:
-        arrays = reset(arrays)
+    def without_a_neuron(arrays: Any, again: Any) -> Any:
+        arrays = reset(arrays, again)
         for name in NAMES[:2]:
             values = np.array(arrays[name].numpy())
             values[5] = 0

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedTrimmedAvg,
+    FedYogi,
+    Strategy,
+)
 
 from none_core.activations import LABEL_HISTOGRAMS, TRIGGER_SHIFT, Report
 from none_core.decision import Reputation
@@ -175,13 +186,14 @@ class Game:
         hostile: Answer = honest_answer,
         others: Mapping[int, Answer] | None = None,
         last_round: int | None = None,
+        inner: Callable[..., Strategy] = FedAvg,
         **settings: Any,
     ) -> None:
         answers = dict.fromkeys(HONEST, honest_answer) | {HOSTILE: hostile} | dict(others or {})
         self.lines: list[dict[str, Any]] = []
         self.grid = ToyGrid(answers)
         self.strategy = NoneStrategy(
-            FedAvg(min_train_nodes=5, min_available_nodes=5),
+            inner(min_train_nodes=5, min_available_nodes=5),
             net,
             torch.zeros(2, INPUTS),
             **{
@@ -471,8 +483,121 @@ def test_an_attacker_is_left_out_once_the_attack_is_confirmed() -> None:
     # What it did when the attack was first seen counts, too, as far as that has faded.
     assert game.records[1].evidence == dict.fromkeys(HONEST, 0.0) | {HOSTILE: 1.5}
     with_it, without = average({HOSTILE}), average(but=HOSTILE)
-    assert game.models == [with_it, with_it, without, without]
+    assert game.models == [with_it, without, without, without]  # of the second round already
     assert with_it != without
+    assert [record.left_out for record in game.records] == [[], [HOSTILE], [], []]
+    assert game.records[1].decision.startswith("aggregated again without 1 clients; ")
+    assert [line["left_out"] for line in game.lines] == [[], [HOSTILE], [], []]
+    assert [line["asked_about"] != line["aggregated"] for line in game.lines] == [
+        *(False, True, False, False)
+    ]
+
+
+def silent_from(first: int) -> Answer:
+    """Attack, and say nothing any more from that round on; report honestly in all."""
+
+    def train(message: Message) -> list[Message]:
+        server_round = message.content.config_records["config"]["server-round"]
+        return attacking_in(range(1, first))(message) if server_round < first else []
+
+    return answering(train=train)
+
+
+FLOWERS: dict[str, Callable[..., Strategy]] = {
+    "FedAvg": FedAvg,
+    "FedAvgM": partial(FedAvgM, server_momentum=0.9),
+    "FedAdam": FedAdam,
+    "FedYogi": FedYogi,
+    "FedAdagrad": FedAdagrad,
+    "FedMedian": FedMedian,
+    "FedTrimmedAvg": FedTrimmedAvg,
+}
+
+
+@pytest.mark.parametrize("inner", FLOWERS)
+def test_left_out_at_once_is_never_having_been_there_bit_for_bit(inner: str) -> None:
+    make = FLOWERS[inner]
+    attacking = Game(sees(attack, 1, 2), attacking_in(range(1, 100)), inner=make).play(5)
+    absent = Game(sees(attack, 1, 2), silent_from(2), inner=make).play(5)
+    assert attacking.records[1].left_out == [HOSTILE]
+    assert attacking.models == absent.models
+    late = Game(
+        sees(attack, 1, 2), attacking_in(range(1, 100)), inner=make, reaggregate=False
+    ).play(5)
+    assert late.records[1].left_out == []
+    assert late.models[0] == absent.models[0]
+    assert late.models[1] != absent.models[1] or inner in ("FedMedian", "FedTrimmedAvg")
+
+
+class Counting(FedAvg):
+    """Counts, in every way in which a strategy may remember, and refuses to aggregate too few."""
+
+    def __init__(self, fewest: int = 0, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.fewest, self.calls = fewest, 0
+        self.lists: list[int] = []
+        self.by_round: dict[int, int] = {}
+        self.outside = Counter[int]()
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        replies = list(replies)
+        self.calls += 1
+        self.lists.append(server_round)
+        self.by_round[server_round] = len(replies)
+        self.outside[server_round] += 1
+        return (
+            (None, None)
+            if len(replies) < self.fewest
+            else super().aggregate_train(server_round, replies)
+        )
+
+
+def test_what_a_strategy_remembers_is_of_one_aggregation_a_round() -> None:
+    game = Game(sees(attack, 1, 2), attacking_in(range(1, 100)), inner=Counting)
+    inner = game.strategy.strategy
+    assert isinstance(inner, Counting)
+    held = inner.lists
+    game.play(3)
+    assert (inner.calls, inner.lists, inner.by_round) == (3, [1, 2, 3], {1: 5, 2: 4, 3: 4})
+    assert held is inner.lists
+    assert inner.outside == {1: 1, 2: 2, 3: 1}  # as it says, only lists, dicts and sets
+
+
+def test_a_strategy_that_does_not_aggregate_so_few_keeps_its_first_result() -> None:
+    make = partial(Counting, fewest=5)
+    game = Game(sees(attack, 1, 2), attacking_in(range(1, 100)), inner=make).play(2)
+    inner = game.strategy.strategy
+    assert isinstance(inner, Counting)
+    assert game.models == [average({HOSTILE})] * 2
+    assert game.records[1].left_out == []
+    assert inner.by_round == {1: 5, 2: 5}
+    assert inner.outside == {1: 1, 2: 2}
+
+
+def test_a_wrapper_aggregates_once() -> None:
+    """It may add noise to what it releases, which is paid for once."""
+    counting = Counting(min_train_nodes=5, min_available_nodes=5)
+
+    def inner(**everybody: Any) -> Strategy:
+        return DifferentialPrivacyServerSideFixedClipping(counting, 0.0, 1e6, 5)
+
+    game = Game(sees(attack, 1, 2), attacking_in(range(1, 100)), inner=inner).play(2)
+    assert counting.outside == {1: 1, 2: 1}
+    assert game.records[1].left_out == []
+    assert game.quarantined() == [[], [HOSTILE]]
+
+
+def test_never_half_of_the_clients_are_left_out() -> None:
+    """Whatever a detector says, and those in quarantine count."""
+    accused, shift = sorted(EVERYBODY)[:4], np.zeros(HIDDEN)
+
+    def script(query: int, probed: bool) -> Detection:
+        found = tuple(Suspicion(c, 1, 1.0, 9.0, True, shift, certified=True) for c in accused)
+        return nothing(probed, *found)
+
+    game = Game(script).play(3)
+    assert [len(record.left_out) for record in game.records] == [2, 2, 0]
+    assert [len(out) for out in game.quarantined()] == [0, 2, 2]
 
 
 def test_who_is_left_out_is_asked_to_train_and_to_report_all_the_same() -> None:

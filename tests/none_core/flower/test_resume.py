@@ -211,7 +211,7 @@ def test_it_is_the_state_that_does_it(
 # --- what the defence itself remembers ------------------------------------------------------------
 
 # What a defence keeps for the length of a round, or works with.
-OF_ONE_ROUND = {"record", "last_round", "_grid", "_nodes", "_template", "_trained"}
+OF_ONE_ROUND = {"record", "last_round", "_grid", "_nodes", "_template", "_trained", "_let_in"}
 
 
 def whatever_is_probed(query: int, probed: bool) -> Detection:
