@@ -23,7 +23,8 @@ _TABLE = {axis: f"{axis}s" for axis in AXES}
 MEASURES = (
     *("ba_final", "asr_final", "recovered_final", "ba_worst_last5", "asr_worst_last5"),
     *("neurons_reset", "suspected_precision", "suspected_recall"),
-    *("quarantined_precision", "quarantined_recall", "honest_quarantined", "attackers_late"),
+    *("quarantined_precision", "quarantined_recall", "honest_quarantined", "honest_left_out"),
+    "attackers_late",
     *("filter_precision", "filter_recall", "certified", "supported", "contested"),
     *(
         f"{score}_{side}_{other}"

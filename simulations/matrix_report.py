@@ -24,13 +24,15 @@ LABELS = {
     "asr_worst_last5": "worst ASR of the last 5 rounds",
     "neurons_reset": "neurons reset",
     "honest_quarantined": "honest clients quarantined",
+    "honest_left_out": "honest updates left out of one round",
     "attackers_late": "attackers not quarantined in time",
     "ba_below_clean": "BA lost",
     "asr_above_clean": "ASR above that without an attacker",
     "ba_worst_below_clean": "BA lost, worst of the last 5 rounds",
     "asr_worst_above_clean": "ASR above that without an attacker, worst of the last 5 rounds",
 }
-COUNTED = {"neurons_reset", "honest_quarantined", "attackers_late"}  # all else is in percent
+# All else is in percent.
+COUNTED = {"neurons_reset", "honest_quarantined", "honest_left_out", "attackers_late"}
 # An attack takes effect in the first of two rounds in a row in which so many stamped images are
 # misled by a model that is right about so many clean ones (a young one may take anything for the
 # target), and an attacker is late if it is not quarantined so many rounds after that.
@@ -142,6 +144,7 @@ def measured(result: Mapping[str, Any]) -> Row:
         f"{client}:{first[client]}" for client in sorted(malicious & set(first))
     )
     row["honest_quarantined"] = len(set(first) - malicious)
+    row["honest_left_out"] = sum(len(set(entry["left_out"]) - malicious) for entry in rounds)
     row["first_effective"], row["attackers_late"] = _late(rounds, malicious, first)
     for name in ("precision", "recall"):
         row[f"filter_{name}"] = _percent(result["filter"][name])
@@ -225,7 +228,12 @@ def tidied(found: Findings) -> tuple[list[Row], list[Row]]:
 
 
 _NOTHING: Mapping[str, Any] = {
-    "rounds": [{"round": 0, "suspected": [], "quarantined": [], "neurons_reset": 0, "bytes": {}}],
+    "rounds": [
+        {
+            **{"round": 0, "suspected": [], "left_out": [], "quarantined": []},
+            **{"neurons_reset": 0, "bytes": {}},
+        }
+    ],
     "truth": {"malicious": []},
     "final": dict.fromkeys(SCORES, 0),
     "worst_last5": dict.fromkeys(SCORES, 0),
@@ -562,7 +570,9 @@ class Page:
         out = [row["quarantined_recall"] for row in attacked]
         text = (
             f"In {len(runs)} runs {sum(wrong)} honest clients were ever quarantined, in "
-            f"{sum(map(bool, wrong))} of the runs any."
+            f"{sum(map(bool, wrong))} of the runs any; "
+            f"{sum(row['honest_left_out'] for row in runs.values())} updates of honest clients "
+            "were left out of the one round whose reports named them."
         )
         if attacked:
             late = [row["attackers_late"] for row in attacked if row["attackers_late"] is not None]

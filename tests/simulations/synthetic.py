@@ -27,6 +27,7 @@ def entry(number: int, **values: Any) -> dict[str, Any]:
         "neurons_reset": 0,
         "standings": {"certified": 0, "supported": 0, "contested": 0},
         "suspected": [],
+        "left_out": [],
         "quarantined": [],
         "refused": 0,
         "filtered": {"dropped": 0, "poisoned": 0},

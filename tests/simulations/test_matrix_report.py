@@ -144,6 +144,7 @@ def test_honest_clients_that_were_quarantined_are_counted() -> None:
     assert (row["quarantined_precision"], row["quarantined_recall"]) == (50, 50)
     assert row["honest_quarantined"] == 1
     assert row["first_quarantined"] == "1:1"
+    assert row["honest_left_out"] == 1
     assert row["suspected_precision"] is None
     assert row["certified"] is None
 
@@ -154,6 +155,7 @@ def _of_rounds(
     """Make a result of rounds with these clients in quarantine, and this success."""
     rounds = [
         {"round": n, "neurons_reset": 0, "suspected": [], "quarantined": who, "bytes": {"up": 1}}
+        | {"left_out": [1, 8] if n == 1 else []}
         | {"asr": (asr or [0.0] * len(quarantined))[n], "ba": 0.9 if n else 0.1}
         for n, who in enumerate(quarantined)
     ]
