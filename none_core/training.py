@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from none_core import files
-from none_core.batches import in_order
+from none_core.batches import Batch, in_order
 from none_core.cleansing import Cleanser, Cleansing
 from none_core.detection.base import IntArray
 
@@ -56,8 +56,7 @@ class Trained:
     @property
     def dropped(self) -> IntArray:
         """Samples that were taken for poisoned, ascending."""
-        nothing: list[IntArray] = [np.empty(0, dtype=np.int64)]
-        return np.sort(np.concatenate(nothing + [each.dropped for each in self.cleansings]))
+        return _dropped(self.cleansings)
 
 
 class NoneTrainer:
@@ -89,6 +88,9 @@ class NoneTrainer:
     normalisation : {"frozen", "running"}
         What batch normalisation does after a reset: keep the statistics that it has, as in
         Algorithm 1, or go on measuring them, which allows a larger step.
+    unlearn : float
+        Weight, >= 0, with which training on leads the model away from the labels of what was
+        dropped (`unlikelihood`); at 0 these samples are left out, and no more.
     loss : callable
         ``(logits, labels) -> mean loss``.
     epochs : int
@@ -121,6 +123,7 @@ class NoneTrainer:
         retrain_epochs: int = 8,
         retrain_rate: float = 0.05,
         normalisation: Literal["frozen", "running"] = "frozen",
+        unlearn: float = 0.0,
         rounds: int = 3,
         batch_size: int = 64,
         seed: int = 0,
@@ -136,13 +139,15 @@ class NoneTrainer:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if not retrain_rate > 0:
             raise ValueError(f"retrain_rate must be > 0, got {retrain_rate}")
+        if not 0 <= unlearn < math.inf:
+            raise ValueError(f"unlearn must be >= 0 and finite, got {unlearn}")
         if normalisation not in NORMALISATIONS:
             raise ValueError(
                 f"normalisation must be one of {NORMALISATIONS}, got {normalisation!r}"
             )
         self.model, self.dataset, self.cleanser = model, dataset, cleanser
         self.optimizer, self.retrain_rate = optimizer, retrain_rate
-        self.normalisation = normalisation
+        self.normalisation, self.unlearn = normalisation, unlearn
         self.loss, self.batch_size, self.seed = loss, batch_size, seed
         self.epochs, self.retrain_epochs, self.rounds = epochs, retrain_epochs, rounds
         self.checkpoint = checkpoint
@@ -188,27 +193,44 @@ class NoneTrainer:
         """
         stream = np.random.SeedSequence([self.seed, state.round, state.epoch])
         model, device = self.model, next(self.model.parameters()).device
+        normalising = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         model.train()
         if state.round and self.normalisation == "frozen":
-            for module in model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            _set(normalising, training=False)
         total, seen = torch.zeros((), device=device), 0
         with torch.random.fork_rng():
             torch.manual_seed(int(stream.generate_state(1, np.uint64)[0] >> 1))
             order = state.kept[torch.randperm(len(state.kept)).numpy()]
             if len(order) > 1 and len(order) % self.batch_size == 1 and self.batch_size > 1:
                 order = order[:-1]  # batch normalisation cannot be trained on one sample alone
-            for _, inputs, labels in in_order(
-                self.dataset, order, self.batch_size, self.cleanser.prepare
+            kept = in_order(self.dataset, order, self.batch_size, self.cleanser.prepare)
+            steps = math.ceil(len(order) / self.batch_size)
+            for (_, inputs, labels), unwanted in zip(
+                kept, self._unwanted(state, steps), strict=True
             ):
                 loss = self.loss(model(inputs.to(device)), labels.to(device))
+                total += loss.detach() * len(labels)
+                seen += len(labels)
+                if len(unwanted):
+                    _, inputs, labels = self._at_once(unwanted)
+                    modes = [module.training for module in normalising]
+                    _set(normalising, training=False)  # what was dropped is not to be measured
+                    logits = model(inputs.to(device))
+                    for module, mode in zip(normalising, modes, strict=True):
+                        module.training = mode
+                    loss = loss + self.unlearn * unlikelihood(logits, labels.to(device))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-                total += loss.detach() * len(labels)
-                seen += len(labels)
         return float(total) / max(seen, 1)
+
+    def _unwanted(self, state: _State, steps: int) -> list[IntArray]:
+        """Deal what was dropped to the steps of an epoch, in a new order; empty without."""
+        dropped = state.dropped if self.unlearn else state.dropped[:0]
+        return np.array_split(dropped[torch.randperm(len(dropped)).numpy()], max(1, steps))
+
+    def _at_once(self, indices: IntArray) -> Batch:
+        return next(in_order(self.dataset, indices, len(indices), self.cleanser.prepare))
 
     def _optimizer(self, state: _State) -> Optimizer:
         optimizer = self.optimizer(self.model.parameters())
@@ -257,13 +279,40 @@ class NoneTrainer:
         """Return what a run that goes on must have in common with the one that was stopped."""
         names = ("epochs", "retrain_epochs", "retrain_rate", "rounds", "batch_size", "seed")
         return {
-            **{name: getattr(self, name) for name in (*names, "normalisation")},
+            **{name: getattr(self, name) for name in (*names, "normalisation", "unlearn")},
             "pace": "cosine",  # of training on; a checkpoint without it has no rates to begin from
             "samples": len(self.dataset),  # type: ignore[arg-type]
             "detector": self.cleanser.detector.name,
             "strength": self.cleanser.strength,
             "policy": asdict(self.cleanser.policy),
         }
+
+
+def unlikelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of -log(1 - p), p being the probability of the label that a sample must not be given.
+
+    Source: Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020. Unlike
+    the gradient ascent of Anti-Backdoor Learning, it ends where nothing is left to unlearn.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (N, K), K >= 2.
+    labels : Tensor
+        (N,) int64.
+    """
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return (logits.logsumexp(1) - others.logsumexp(1)).mean()
+
+
+def _set(modules: Iterable[nn.Module], training: bool) -> None:
+    for module in modules:
+        module.train(training)
+
+
+def _dropped(cleansings: Iterable[Cleansing]) -> IntArray:
+    nothing: list[IntArray] = [np.empty(0, dtype=np.int64)]
+    return np.sort(np.concatenate(nothing + [each.dropped for each in cleansings]))
 
 
 @dataclass
@@ -276,6 +325,11 @@ class _State:
     done: bool = False
     cleansings: list[Cleansing] = field(default_factory=list)
     optimizer: dict[str, Any] | None = None
+
+    @property
+    def dropped(self) -> IntArray:
+        """What was dropped so far, ascending."""
+        return _dropped(self.cleansings)
 
     def written(self, optimizer: Optimizer | None) -> dict[str, Any]:
         """Return it as a tree of tensors and plain values."""

@@ -35,6 +35,8 @@ class NoneDefense(Baseline):
         The learning rate of the first of them in units of the schedule's, > 0.
     normalisation : str
         "frozen" or "running" in these.
+    unlearn : float
+        Weight of what was dropped in these, >= 0.
     """
 
     detector: str = "mixture"
@@ -43,6 +45,7 @@ class NoneDefense(Baseline):
     retrain_epochs: int = 8
     retrain_rate: float = 0.05
     normalisation: str = "frozen"
+    unlearn: float = 0.0
 
     def validate(self) -> None:
         """Check the fields."""
@@ -52,6 +55,7 @@ class NoneDefense(Baseline):
         require(self.rounds >= 0, "rounds", self.rounds, ">= 0")
         require(self.retrain_epochs >= 1, "retrain_epochs", self.retrain_epochs, ">= 1")
         require(self.retrain_rate > 0, "retrain_rate", self.retrain_rate, "> 0")
+        require(self.unlearn >= 0, "unlearn", self.unlearn, ">= 0")
         legal = self.normalisation in NORMALISATIONS
         require(legal, "normalisation", self.normalisation, f"one of {NORMALISATIONS}")
 
@@ -76,6 +80,7 @@ class NoneDefense(Baseline):
             retrain_epochs=self.retrain_epochs,
             retrain_rate=self.retrain_rate,
             normalisation=self.normalisation,  # type: ignore[arg-type]
+            unlearn=self.unlearn,
             rounds=self.rounds,
             batch_size=schedule.batch_size,
             seed=setting.seed,
