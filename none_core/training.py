@@ -90,7 +90,8 @@ class NoneTrainer:
         Algorithm 1, or go on measuring them, which allows a larger step.
     unlearn : float
         Weight, >= 0, with which training on leads the model away from the labels of what was
-        dropped (`unlikelihood`); at 0 these samples are left out, and no more.
+        dropped (`unlikelihood`). At 1 each of these samples counts as much as one that is kept; at
+        0 they are left out, and no more.
     loss : callable
         ``(logits, labels) -> mean loss``.
     epochs : int
@@ -218,7 +219,8 @@ class NoneTrainer:
                     logits = model(inputs.to(device))
                     for module, mode in zip(normalising, modes, strict=True):
                         module.training = mode
-                    loss = loss + self.unlearn * unlikelihood(logits, labels.to(device))
+                    share = self.unlearn * len(unwanted) / self.batch_size
+                    loss = loss + share * unlikelihood(logits, labels.to(device))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

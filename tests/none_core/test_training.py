@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from none_core.cleansing import Cleanser
-from none_core.training import CheckpointError, NoneTrainer, Trained
+from none_core.training import CheckpointError, NoneTrainer, Trained, unlikelihood
 from tests.none_core import poisoned
 
 EXAMPLE = torch.zeros(2, poisoned.FEATURES)
@@ -184,6 +185,60 @@ def test_normalisation_is_frozen_after_a_reset_or_goes_on(
     assert torch.equal(seen[0], model[1].running_mean) == (normalisation == "frozen")
 
 
+def test_unlikelihood_is_what_its_formula_says() -> None:
+    logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(50) % 7
+    given = logits.softmax(1)[torch.arange(50), labels]
+    torch.testing.assert_close(unlikelihood(logits, labels), -torch.log(1 - given).mean())
+    certain = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    loss = unlikelihood(certain, torch.tensor([0]))
+    loss.backward()
+    assert (float(loss), certain.grad.tolist()) == (200.0, [[1.0, -1.0]])  # no infinity
+
+
+def given_their_labels(model: nn.Module, task: poisoned.Task, samples: Any) -> float:
+    inputs, labels = (tensor[torch.from_numpy(samples)] for tensor in task.train.tensors)
+    model.eval()
+    with torch.no_grad():
+        return float((model(inputs).argmax(1) == labels).double().mean())
+
+
+class DropsOnly(Cleanser):
+    """Resets nothing, so that what is left to unlearn is all there."""
+
+    def cleanse(self, model: nn.Module, *arguments: Any) -> Any:
+        return super().cleanse(copy.deepcopy(model), *arguments)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_was_dropped_can_be_unlearned(task: poisoned.Task, norm: bool) -> None:
+    left = {}
+    for unlearn in (0.0, 1.0):
+        model = poisoned.net(norm=norm)
+        settings = {"epochs": 6, "retrain_epochs": 2, "batch_size": 32, "rounds": 1}
+        trained = NoneTrainer(
+            model, task.train, DropsOnly(model, EXAMPLE), optimizer, unlearn=unlearn, **settings
+        ).fit()
+        assert trained.dropped.tolist() == task.poisoned.tolist()
+        left[unlearn] = given_their_labels(model, task, trained.dropped)
+        right, turned = task.scores(model)
+        assert right > 0.9
+        assert (turned < 0.05) == bool(unlearn)
+    assert left[0.0] > 0.9
+    assert left[1.0] < 0.05
+
+
+def test_what_is_unlearned_is_not_measured(task: poisoned.Task, monkeypatch: Any) -> None:
+    """Batch normalisation sees as many batches with it as without."""
+    seen = {}
+    for unlearn in (0.0, 1.0):
+        model = poisoned.net(norm=True)
+        trainer(task, model, normalisation="running", unlearn=unlearn, rounds=1).fit()
+        seen[unlearn] = int(model[1].num_batches_tracked)
+        assert all(module.training for module in model.modules())
+    assert seen[0.0] == seen[1.0]
+
+
 def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> None:
     before = torch.get_rng_state()
     trainer(task, with_dropout(), epochs=1, rounds=0).fit()
@@ -233,3 +288,5 @@ def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
         trainer(task, poisoned.net(), retrain_rate=0)
     with pytest.raises(ValueError, match=r"^normalisation must be one of .* got 'melted'"):
         trainer(task, poisoned.net(), normalisation="melted")
+    with pytest.raises(ValueError, match=r"^unlearn must be >= 0 and finite, got -1"):
+        trainer(task, poisoned.net(), unlearn=-1.0)
