@@ -48,6 +48,9 @@ class DefenseConfig(Section):
     filter: bool = Field(True, description="Have clients drop samples that look poisoned.")
     repair: bool = Field(True, description="Aggregate by the median where a backdoor is suspected.")
     quarantine: bool = Field(True, description="Leave out clients that were named repeatedly.")
+    reaggregate: bool = Field(
+        True, description="Leave out at once whom a round's reports name, if there is quarantine."
+    )
     liars: int | None = Field(
         None, ge=0, description="Known bound on liars, for certificates; left out, any minority."
     )

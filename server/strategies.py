@@ -115,6 +115,7 @@ def build(
                 repair=config.repair,
                 repair_share=thresholds.repaired,
                 quarantine=config.quarantine,
+                reaggregate=config.reaggregate,
                 liars=config.liars,
                 probe_every=config.probe_every,
                 probe_steps=config.probe_steps,

@@ -18,7 +18,7 @@ READS: dict[str, frozenset[str]] = {
     "none-strategy": frozenset(
         (
             *("detector", "reset", "every", "start_round", "budget", "quorum", "guard", "filter"),
-            *("min_count", "repair", "quarantine", "liars"),
+            *("min_count", "repair", "quarantine", "reaggregate", "liars"),
             *("probe_every", "probe_steps", "probe_images", "share_probes"),
         )
     ),

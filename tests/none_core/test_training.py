@@ -215,7 +215,7 @@ def test_what_was_dropped_can_be_unlearned(task: poisoned.Task, norm: bool) -> N
     left = {}
     for unlearn in (0.0, 1.0):
         model = poisoned.net(norm=norm)
-        settings = {"epochs": 6, "retrain_epochs": 2, "batch_size": 32, "rounds": 1}
+        settings = {"epochs": 6, "retrain_epochs": 6, "batch_size": 32, "rounds": 1}
         trained = NoneTrainer(
             model, task.train, DropsOnly(model, EXAMPLE), optimizer, unlearn=unlearn, **settings
         ).fit()
