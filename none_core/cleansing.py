@@ -38,7 +38,7 @@ _PROBING = 3  # of them, those that look for triggers, where the detector wants 
 _PROBED = 512  # samples that each looks at ...
 _STEPS, _IMAGES = 60, 16  # ... in so many steps of so many a class
 _BUDGET = 0.1  # of a layer
-_DEAD = 0.05  # of the dropped samples: if no more obey, the backdoor is gone
+DEAD = 0.05  # of the dropped samples: if no more obey, the backdoor is gone
 _MEMORY = 1 << 28  # bytes for the values of the samples that are compared
 
 
@@ -181,6 +181,16 @@ class Cleanser:
         with evaluating(model):
             return self._cleansed(model, dataset, kept, np.setdiff1d(samples, kept))
 
+    def predictions(self, model: nn.Module, dataset: Dataset[Any], indices: IntArray) -> IntArray:
+        """Count, of some samples of each label, which label the model gives them, (K, K)."""
+        labels, device = self.spec.labels, next(model.parameters()).device
+        counts = np.zeros(labels * labels, dtype=np.int64)
+        with evaluating(model), torch.inference_mode():
+            for _, inputs, said in self._batches(dataset, indices):
+                given = model(inputs.to(device)).argmax(1).cpu()
+                counts += np.bincount((said * labels + given).numpy(), minlength=len(counts))
+        return counts.reshape(labels, labels)
+
     def _cleansed(
         self, model: nn.Module, dataset: Dataset[Any], kept: IntArray, before: IntArray
     ) -> Cleansing:
@@ -197,7 +207,7 @@ class Cleanser:
         detection = self.detector.detect(summaries, layer_of, 0, known)  # 0: nobody can lie
         accuracy = float(np.median([report.accuracy for report in reports.values()]))
         decision = decide(detection, layer_of, self.policy, accuracy=accuracy)
-        if not dealt.apart.size and before.size and _obeyed(reports, dealt.labels) < _DEAD:
+        if not dealt.apart.size and before.size and _obeyed(reports, dealt.labels) < DEAD:
             decision = Decision(
                 decision.neurons[:0], "the model no longer gives the dropped samples their labels"
             )
@@ -338,17 +348,29 @@ def _named(detection: Detection, labels: Collection[int]) -> Collection[int]:
 
 
 def _obeyed(reports: Mapping[int, Report], labels: Collection[int]) -> float:
-    """Share of the last one's samples that the model gives their label because of the backdoor.
-
-    That is, beyond what it gives such labels to the others' samples of any other label anyway.
-    """
-    rows, last = sorted(labels), reports[_GROUPS - 1]
+    """Share of the last one's samples of some labels that obey the backdoor."""
+    last = reports[_GROUPS - 1]["predictions"]
     others = [report for number, report in reports.items() if number != _GROUPS - 1]
-    given = sum((report["predictions"] for report in others), np.zeros_like(last["predictions"]))
-    foreign = given.sum() - given[rows].sum(1)
-    wrongly = (given.sum(0)[rows] - given[rows, rows]) / np.maximum(1, foreign)
-    right = np.maximum(0, last["predictions"][rows, rows] - wrongly * last.counts[rows])
-    return float(right.sum() / max(1, last.counts[rows].sum()))
+    given = sum((report["predictions"] for report in others), np.zeros_like(last))
+    rows = np.isin(np.arange(len(last)), list(labels))
+    return obeyed(given, last * rows[:, None])
+
+
+def obeyed(clean: IntArray, poisoned: IntArray) -> float:
+    """Share of the poisoned samples that a model gives their label because of the backdoor.
+
+    That is, beyond what it gives such labels to clean samples of any other label anyway.
+
+    Parameters
+    ----------
+    clean, poisoned : ndarray of int64
+        Samples by the label that they have and the one that they are given, (K, K).
+    """
+    rows = np.flatnonzero(poisoned.any(1))
+    foreign = clean.sum() - clean[rows].sum(1)
+    wrongly = (clean.sum(0)[rows] - clean[rows, rows]) / np.maximum(1, foreign)
+    right = np.maximum(0, poisoned[rows, rows] - wrongly * poisoned[rows].sum(1))
+    return float(right.sum() / max(1, poisoned.sum()))
 
 
 class _Dealt(NamedTuple):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +23,10 @@ from torch.utils.data import Dataset
 
 from none_core import files
 from none_core.batches import Batch, in_order
-from none_core.cleansing import Cleanser, Cleansing
+from none_core.cleansing import DEAD, Cleanser, Cleansing, obeyed
 from none_core.detection.base import IntArray
 
 _LOG = logging.getLogger(__name__)
-
-NORMALISATIONS = ("frozen", "running")
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], Optimizer]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -48,10 +46,13 @@ class Trained:
         Samples that the last round trained on, ascending.
     cleansings : tuple of Cleansing
         One for each look at the model; the last found nothing, unless the rounds were used up.
+    recovered : bool
+        Whether the model was trained on at larger steps in the end, and the backdoor stayed out.
     """
 
     kept: IntArray = field(repr=False)
     cleansings: tuple[Cleansing, ...]
+    recovered: bool = False
 
     @property
     def dropped(self) -> IntArray:
@@ -63,7 +64,7 @@ class NoneTrainer:
     """Trains a classifier on samples that somebody may have poisoned.
 
     It trains, looks at the model, resets its compromised neurons, drops the samples behind them,
-    and trains on, until there is nothing left to remove::
+    and trains on, until there is nothing left to remove; then it lets the model recover::
 
         trainer = NoneTrainer(model, dataset, Cleanser(model, example_input), optimizer)
         trained = trainer.fit()
@@ -83,15 +84,18 @@ class NoneTrainer:
         ``parameters -> Optimizer``, called at the start and after each reset.
     retrain_rate : float
         What the learning rates are multiplied by after a reset, > 0; from there they fall along
-        half a cosine. Under frozen normalisation a network that took a large step before would
-        leave all that it has learned at the same step; the published code trains on at 1e-4.
-    normalisation : {"frozen", "running"}
-        What batch normalisation does after a reset: keep the statistics that it has, as in
-        Algorithm 1, or go on measuring them, which allows a larger step.
+        half a cosine. Batch normalisation keeps the statistics that it has, as in Algorithm 1, and
+        a network that took a large step before would leave all that it has learned at the same
+        step; the published code trains on at 1e-4.
+    recover_epochs : int
+        Passes in the end, >= 0, if samples were dropped: batch normalisation measures again, which
+        allows larger steps, and the model is led away from the labels of half of what was dropped
+        (`unlikelihood`). If it then gives more of the other half their labels, or is right about
+        fewer of the samples that are kept, it becomes again what it was before these passes.
+    recover_rate : float
+        What the learning rates are multiplied by for these, > 0; likewise falling.
     unlearn : float
-        Weight, >= 0, with which training on leads the model away from the labels of what was
-        dropped (`unlikelihood`). At 1 each of these samples counts as much as one that is kept; at
-        0 they are left out, and no more.
+        Weight of the dropped samples in these, >= 0; at 1 each counts as much as one that is kept.
     loss : callable
         ``(logits, labels) -> mean loss``.
     epochs : int
@@ -123,8 +127,9 @@ class NoneTrainer:
         epochs: int = 20,
         retrain_epochs: int = 8,
         retrain_rate: float = 0.05,
-        normalisation: Literal["frozen", "running"] = "frozen",
-        unlearn: float = 0.0,
+        recover_epochs: int = 4,
+        recover_rate: float = 0.2,
+        unlearn: float = 1.0,
         rounds: int = 3,
         batch_size: int = 64,
         seed: int = 0,
@@ -133,22 +138,20 @@ class NoneTrainer:
         for name, value, least in (
             ("epochs", epochs, 0),
             ("retrain_epochs", retrain_epochs, 1),
+            ("recover_epochs", recover_epochs, 0),
             ("rounds", rounds, 0),
             ("batch_size", batch_size, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
-        if not retrain_rate > 0:
-            raise ValueError(f"retrain_rate must be > 0, got {retrain_rate}")
+        for name, rate in (("retrain_rate", retrain_rate), ("recover_rate", recover_rate)):
+            if not rate > 0:
+                raise ValueError(f"{name} must be > 0, got {rate}")
         if not 0 <= unlearn < math.inf:
             raise ValueError(f"unlearn must be >= 0 and finite, got {unlearn}")
-        if normalisation not in NORMALISATIONS:
-            raise ValueError(
-                f"normalisation must be one of {NORMALISATIONS}, got {normalisation!r}"
-            )
         self.model, self.dataset, self.cleanser = model, dataset, cleanser
         self.optimizer, self.retrain_rate = optimizer, retrain_rate
-        self.normalisation, self.unlearn = normalisation, unlearn
+        self.recover_epochs, self.recover_rate, self.unlearn = recover_epochs, recover_rate, unlearn
         self.loss, self.batch_size, self.seed = loss, batch_size, seed
         self.epochs, self.retrain_epochs, self.rounds = epochs, retrain_epochs, rounds
         self.checkpoint = checkpoint
@@ -163,27 +166,78 @@ class NoneTrainer:
         """
         state = self._begun()
         while not state.done:
-            optimizer = self._optimizer(state)
-            while state.epoch < (self.retrain_epochs if state.round else self.epochs):
-                self._pace(state, optimizer)
-                mean = self._train(state, optimizer)
-                state.epoch += 1
-                _LOG.info("round %d, epoch %d: loss %.4f", state.round, state.epoch, mean)
-                self._save(state, optimizer)
-            if state.round == self.rounds:
-                state.done = True
-                break
-            cleansing = self.cleanser.cleanse(self.model, self.dataset, state.kept)
-            _LOG.info(
-                "round %d: %s; %d neurons reset, %d samples dropped",
-                *(state.round, cleansing.reason, cleansing.neurons.size, cleansing.dropped.size),
-            )
-            state.cleansings.append(cleansing)
-            state.kept = np.setdiff1d(state.kept, cleansing.dropped)
-            state.round, state.epoch, state.done = state.round + 1, 0, not cleansing.found
-            state.optimizer = None
+            self._trained(state)
+            if state.before is not None:
+                self._judge(state)
+            elif state.round == self.rounds or not self._look(state):
+                self._begin_recovery(state)
+            state.epoch, state.optimizer = 0, None
             self._save(state, None)
-        return Trained(state.kept, tuple(state.cleansings))
+        return Trained(state.kept, tuple(state.cleansings), state.recovered)
+
+    def _trained(self, state: _State) -> None:
+        """Train as many epochs as are left before something is looked at."""
+        optimizer = self._optimizer(state)
+        while state.epoch < self._epochs(state):
+            self._pace(state, optimizer)
+            mean = self._train(state, optimizer)
+            state.epoch += 1
+            stage = f"round {state.round}" if state.before is None else "recovery"
+            _LOG.info("%s, epoch %d: loss %.4f", stage, state.epoch, mean)
+            self._save(state, optimizer)
+
+    def _epochs(self, state: _State) -> int:
+        if state.before is not None:
+            return self.recover_epochs
+        return self.retrain_epochs if state.round else self.epochs
+
+    def _look(self, state: _State) -> bool:
+        """Look at the model and remove what is found; whether there was anything."""
+        cleansing = self.cleanser.cleanse(self.model, self.dataset, state.kept)
+        _LOG.info(
+            "round %d: %s; %d neurons reset, %d samples dropped",
+            *(state.round, cleansing.reason, cleansing.neurons.size, cleansing.dropped.size),
+        )
+        state.cleansings.append(cleansing)
+        state.kept = np.setdiff1d(state.kept, cleansing.dropped)
+        if cleansing.found:
+            state.round += 1
+        return cleansing.found
+
+    def _begin_recovery(self, state: _State) -> None:
+        """Keep the model to come back to, unless there is nothing to judge a recovery by."""
+        if not self.recover_epochs or len(state.dropped) < 2:
+            state.done = True
+            return
+        state.before = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        state.obeyed, state.right = self._standing(state)
+
+    def _judge(self, state: _State) -> None:
+        """Go back to where the recovery began if that brought the backdoor back."""
+        assert state.before is not None
+        obeyed_now, right_now = self._standing(state)
+        state.recovered = obeyed_now <= max(DEAD, state.obeyed) and right_now >= state.right
+        _LOG.info(
+            "recovery: dropped samples that obey %.3f, before %.3f; kept ones that are right %.3f, "
+            "before %.3f: %s",
+            *(obeyed_now, state.obeyed, right_now, state.right),
+            "kept" if state.recovered else "undone",
+        )
+        if not state.recovered:
+            self.model.load_state_dict(state.before)
+        state.before, state.done = None, True
+
+    def _standing(self, state: _State) -> tuple[float, float]:
+        """Share of the dropped samples that obey, where unlearning does not see them; accuracy."""
+        clean = self.cleanser.predictions(self.model, self.dataset, state.kept)
+        _, judged = self._halves(state)
+        poisoned = self.cleanser.predictions(self.model, self.dataset, judged)
+        return obeyed(clean, poisoned), float(np.trace(clean) / max(1, clean.sum()))
+
+    def _halves(self, state: _State) -> tuple[IntArray, IntArray]:
+        """Divide the dropped samples at random into what is unlearned, and what judges that."""
+        order = np.random.default_rng([self.seed, len(state.dropped)]).permutation(state.dropped)
+        return order[: len(order) // 2], order[len(order) // 2 :]
 
     def _train(self, state: _State, optimizer: Optimizer) -> float:
         """Train one epoch; returns the mean loss.
@@ -192,11 +246,13 @@ class NoneTrainer:
         and the number of the epoch, so that a resumed run meets the same. The global random state
         is left as it was.
         """
-        stream = np.random.SeedSequence([self.seed, state.round, state.epoch])
+        recovering = state.before is not None
+        entropy = [self.seed, state.round, state.epoch, *([1] if recovering else [])]
+        stream = np.random.SeedSequence(entropy)
         model, device = self.model, next(self.model.parameters()).device
         normalising = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         model.train()
-        if state.round and self.normalisation == "frozen":
+        if state.round and not recovering:
             _set(normalising, training=False)
         total, seen = torch.zeros((), device=device), 0
         with torch.random.fork_rng():
@@ -214,11 +270,9 @@ class NoneTrainer:
                 seen += len(labels)
                 if len(unwanted):
                     _, inputs, labels = self._at_once(unwanted)
-                    modes = [module.training for module in normalising]
                     _set(normalising, training=False)  # what was dropped is not to be measured
                     logits = model(inputs.to(device))
-                    for module, mode in zip(normalising, modes, strict=True):
-                        module.training = mode
+                    _set(normalising, training=True)
                     share = self.unlearn * len(unwanted) / self.batch_size
                     loss = loss + share * unlikelihood(logits, labels.to(device))
                 optimizer.zero_grad()
@@ -227,9 +281,11 @@ class NoneTrainer:
         return float(total) / max(seen, 1)
 
     def _unwanted(self, state: _State, steps: int) -> list[IntArray]:
-        """Deal what was dropped to the steps of an epoch, in a new order; empty without."""
-        dropped = state.dropped if self.unlearn else state.dropped[:0]
-        return np.array_split(dropped[torch.randperm(len(dropped)).numpy()], max(1, steps))
+        """Deal what is unlearned to the steps of an epoch, in a new order."""
+        unlearned, _ = self._halves(state)
+        if state.before is None or not self.unlearn:
+            unlearned = unlearned[:0]
+        return np.array_split(unlearned[torch.randperm(len(unlearned)).numpy()], max(1, steps))
 
     def _at_once(self, indices: IntArray) -> Batch:
         return next(in_order(self.dataset, indices, len(indices), self.cleanser.prepare))
@@ -243,12 +299,13 @@ class NoneTrainer:
         return optimizer
 
     def _pace(self, state: _State, optimizer: Optimizer) -> None:
-        """Set the learning rates of an epoch after a reset."""
+        """Set the learning rates of an epoch after a reset, or of the recovery."""
         if not state.round:
             return
-        share = (1 + math.cos(math.pi * state.epoch / self.retrain_epochs)) / 2
+        rate = self.retrain_rate if state.before is None else self.recover_rate
+        share = (1 + math.cos(math.pi * state.epoch / self._epochs(state))) / 2
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.retrain_rate * share
+            group["lr"] = group["initial_lr"] * rate * share
 
     def _begun(self) -> _State:
         samples = np.arange(len(self.dataset))  # type: ignore[arg-type]
@@ -279,9 +336,12 @@ class NoneTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """Return what a run that goes on must have in common with the one that was stopped."""
-        names = ("epochs", "retrain_epochs", "retrain_rate", "rounds", "batch_size", "seed")
+        names = (
+            *("epochs", "retrain_epochs", "retrain_rate", "recover_epochs", "recover_rate"),
+            *("unlearn", "rounds", "batch_size", "seed"),
+        )
         return {
-            **{name: getattr(self, name) for name in (*names, "normalisation", "unlearn")},
+            **{name: getattr(self, name) for name in names},
             "pace": "cosine",  # of training on; a checkpoint without it has no rates to begin from
             "samples": len(self.dataset),  # type: ignore[arg-type]
             "detector": self.cleanser.detector.name,
@@ -327,6 +387,10 @@ class _State:
     done: bool = False
     cleansings: list[Cleansing] = field(default_factory=list)
     optimizer: dict[str, Any] | None = None
+    before: dict[str, Tensor] | None = None  # the recovery, while it goes on
+    obeyed: float = 0.0
+    right: float = 0.0
+    recovered: bool = False
 
     @property
     def dropped(self) -> IntArray:
@@ -351,6 +415,7 @@ class _State:
                 for each in self.cleansings
             ],
             "optimizer": None if optimizer is None else optimizer.state_dict(),
+            **{name: getattr(self, name) for name in ("before", "obeyed", "right", "recovered")},
         }
 
     @classmethod

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from none_core.cleansing import Cleanser
 from none_core.detection import DETECTORS
 from none_core.neurons import HOWS
-from none_core.training import NORMALISATIONS, NoneTrainer
+from none_core.training import NoneTrainer
 from simulations.central import baselines
 from simulations.central.baselines.base import Baseline, require, sgd, undefended
 from simulations.central.setting import Outcome, Setting
@@ -33,8 +33,10 @@ class NoneDefense(Baseline):
         Passes after each that found something, >= 1.
     retrain_rate : float
         The learning rate of the first of them in units of the schedule's, > 0.
-    normalisation : str
-        "frozen" or "running" in these.
+    recover_epochs : int
+        Passes in the end, >= 0.
+    recover_rate : float
+        The learning rate of the first of these, likewise.
     unlearn : float
         Weight of what was dropped in these, >= 0.
     """
@@ -44,8 +46,9 @@ class NoneDefense(Baseline):
     rounds: int = 3
     retrain_epochs: int = 8
     retrain_rate: float = 0.05
-    normalisation: str = "frozen"
-    unlearn: float = 0.0
+    recover_epochs: int = 4
+    recover_rate: float = 0.2
+    unlearn: float = 1.0
 
     def validate(self) -> None:
         """Check the fields."""
@@ -55,9 +58,9 @@ class NoneDefense(Baseline):
         require(self.rounds >= 0, "rounds", self.rounds, ">= 0")
         require(self.retrain_epochs >= 1, "retrain_epochs", self.retrain_epochs, ">= 1")
         require(self.retrain_rate > 0, "retrain_rate", self.retrain_rate, "> 0")
+        require(self.recover_epochs >= 0, "recover_epochs", self.recover_epochs, ">= 0")
+        require(self.recover_rate > 0, "recover_rate", self.recover_rate, "> 0")
         require(self.unlearn >= 0, "unlearn", self.unlearn, ">= 0")
-        legal = self.normalisation in NORMALISATIONS
-        require(legal, "normalisation", self.normalisation, f"one of {NORMALISATIONS}")
 
     def train(self, setting: Setting) -> Outcome:
         """Train as an undefended run does, cleanse, and train on."""
@@ -79,7 +82,8 @@ class NoneDefense(Baseline):
             epochs=0,
             retrain_epochs=self.retrain_epochs,
             retrain_rate=self.retrain_rate,
-            normalisation=self.normalisation,  # type: ignore[arg-type]
+            recover_epochs=self.recover_epochs,
+            recover_rate=self.recover_rate,
             unlearn=self.unlearn,
             rounds=self.rounds,
             batch_size=schedule.batch_size,
@@ -94,6 +98,7 @@ class NoneDefense(Baseline):
             }
             for each in trained.cleansings
         ]
+        looks[-1:] = [{**each, "recovered": trained.recovered} for each in looks[-1:]]
         return Outcome(model, trained.dropped, looks)
 
 

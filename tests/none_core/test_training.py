@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from none_core import training
 from none_core.cleansing import Cleanser
 from none_core.training import CheckpointError, NoneTrainer, Trained, unlikelihood
 from tests.none_core import poisoned
@@ -117,8 +118,8 @@ def with_dropout() -> nn.Module:
     return nn.Sequential(*model[:3], nn.Dropout(0.2), *model[3:])
 
 
-# 38 steps an epoch, six epochs before the first look and two of 35 after it.
-@pytest.mark.parametrize("steps", [0, 37, 38, 39, 200, 228, 229, 270, 297])
+# 38 steps an epoch, six epochs before the first look, two of 35 after it and four in the end.
+@pytest.mark.parametrize("steps", [0, 37, 38, 39, 200, 228, 229, 270, 297, 299, 400, 437])
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(
     task: poisoned.Task, tmp_path: Path, steps: int
 ) -> None:
@@ -162,27 +163,27 @@ def test_a_run_that_is_killed_while_it_looks_is_resumed(
     assert same(undisturbed, fresh)
 
 
-@pytest.mark.parametrize("normalisation", ["frozen", "running"])
-def test_normalisation_is_frozen_after_a_reset_or_goes_on(
-    task: poisoned.Task, normalisation: Any
+def test_normalisation_is_frozen_after_a_reset_and_measures_again_in_the_recovery(
+    task: poisoned.Task,
 ) -> None:
     seen: list[torch.Tensor] = []
     model = poisoned.net(norm=True)
-    cleanse = Cleanser.cleanse
 
     class Watching(Cleanser):
         def cleanse(self, *arguments: Any) -> Any:
-            found = cleanse(self, *arguments)
+            found = super().cleanse(*arguments)
             seen.append(model[1].running_mean.clone())
             return found
 
-    cleanser = Watching(model, EXAMPLE)
+        def predictions(self, *arguments: Any) -> Any:
+            seen.append(model[1].running_mean.clone())
+            return super().predictions(*arguments)
+
     settings = {"epochs": 6, "retrain_epochs": 2, "batch_size": 32, "rounds": 1}
-    NoneTrainer(
-        model, task.train, cleanser, optimizer, normalisation=normalisation, **settings
-    ).fit()
-    assert len(seen) == 1
-    assert torch.equal(seen[0], model[1].running_mean) == (normalisation == "frozen")
+    NoneTrainer(model, task.train, Watching(model, EXAMPLE), optimizer, **settings).fit()
+    after_reset, before, _, after, _ = seen
+    assert torch.equal(after_reset, before)
+    assert not torch.equal(before, after)
 
 
 def test_unlikelihood_is_what_its_formula_says() -> None:
@@ -196,13 +197,6 @@ def test_unlikelihood_is_what_its_formula_says() -> None:
     assert (float(loss), certain.grad.tolist()) == (200.0, [[1.0, -1.0]])  # no infinity
 
 
-def given_their_labels(model: nn.Module, task: poisoned.Task, samples: Any) -> float:
-    inputs, labels = (tensor[torch.from_numpy(samples)] for tensor in task.train.tensors)
-    model.eval()
-    with torch.no_grad():
-        return float((model(inputs).argmax(1) == labels).double().mean())
-
-
 class DropsOnly(Cleanser):
     """Resets nothing, so that what is left to unlearn is all there."""
 
@@ -210,33 +204,77 @@ class DropsOnly(Cleanser):
         return super().cleanse(copy.deepcopy(model), *arguments)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_what_was_dropped_can_be_unlearned(task: poisoned.Task, norm: bool) -> None:
-    left = {}
-    for unlearn in (0.0, 1.0):
-        model = poisoned.net(norm=norm)
-        settings = {"epochs": 6, "retrain_epochs": 6, "batch_size": 32, "rounds": 1}
-        trained = NoneTrainer(
-            model, task.train, DropsOnly(model, EXAMPLE), optimizer, unlearn=unlearn, **settings
-        ).fit()
-        assert trained.dropped.tolist() == task.poisoned.tolist()
-        left[unlearn] = given_their_labels(model, task, trained.dropped)
-        right, turned = task.scores(model)
-        assert right > 0.9
-        assert (turned < 0.05) == bool(unlearn)
-    assert left[0.0] > 0.9
-    assert left[1.0] < 0.05
+def recovery(task: poisoned.Task, **settings: Any) -> tuple[Trained, nn.Module]:
+    """Train, drop, and recover, at most."""
+    model = poisoned.net(norm=True)
+    base = {"epochs": 6, "retrain_epochs": 1, "batch_size": 32, "rounds": 1}
+    cleanser = DropsOnly(model, EXAMPLE)
+    trained = NoneTrainer(model, task.train, cleanser, optimizer, **{**base, **settings}).fit()
+    assert trained.dropped.tolist() == task.poisoned.tolist()
+    return trained, model
 
 
-def test_what_is_unlearned_is_not_measured(task: poisoned.Task, monkeypatch: Any) -> None:
+def test_a_recovery_unlearns_what_was_dropped(task: poisoned.Task) -> None:
+    without, left = recovery(task, recover_epochs=0)
+    assert not without.recovered
+    assert task.scores(left)[1] > 0.9
+    trained, model = recovery(task, recover_epochs=6, recover_rate=1.0)
+    assert trained.recovered
+    right, turned = task.scores(model)
+    assert turned < 0.05
+    assert right >= task.scores(left)[0] - 0.01
+
+
+def test_half_of_what_was_dropped_judges_and_is_never_trained_on(
+    task: poisoned.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+    read = training.in_order
+
+    def watched(dataset: Any, indices: Any, *arguments: Any) -> Any:
+        seen.append(set(indices.tolist()))
+        return read(dataset, indices, *arguments)
+
+    monkeypatch.setattr(training, "in_order", watched)
+    trained, _ = recovery(task)
+    used = set.union(*seen[6:])  # after the six epochs before anything was known
+    assert len(used & set(trained.dropped.tolist())) == len(trained.dropped) // 2
+    assert used >= set(trained.kept.tolist())
+
+
+@pytest.mark.parametrize("what", ["obeys", "is wrong"])
+def test_a_recovery_that_harms_is_undone(task: poisoned.Task, what: str) -> None:
+    """The backdoor comes back, or accuracy goes."""
+    _, left = recovery(task, recover_epochs=0)
+    calls = []
+
+    class Bad(DropsOnly):
+        def predictions(self, model: nn.Module, dataset: Any, indices: Any) -> Any:
+            counts = super().predictions(model, dataset, indices)
+            calls.append(len(indices))
+            late, judging = len(calls) > 2, len(indices) < 200
+            if judging and not late:
+                return np.roll(counts, 1, axis=1)  # nobody obeys
+            return np.roll(counts, 1, axis=1) if late and what == "is wrong" else counts
+
+    model = poisoned.net(norm=True)
+    settings = {"epochs": 6, "retrain_epochs": 1, "batch_size": 32, "rounds": 1}
+    trained = NoneTrainer(
+        model, task.train, Bad(model, EXAMPLE), optimizer, **settings, unlearn=0.0
+    ).fit()
+    assert len(calls) == 4
+    assert not trained.recovered
+    assert same(model, left)
+
+
+def test_what_is_unlearned_is_not_measured(task: poisoned.Task) -> None:
     """Batch normalisation sees as many batches with it as without."""
-    seen = {}
+    seen = []
     for unlearn in (0.0, 1.0):
-        model = poisoned.net(norm=True)
-        trainer(task, model, normalisation="running", unlearn=unlearn, rounds=1).fit()
-        seen[unlearn] = int(model[1].num_batches_tracked)
-        assert all(module.training for module in model.modules())
-    assert seen[0.0] == seen[1.0]
+        trained, model = recovery(task, unlearn=unlearn, recover_rate=1.0, recover_epochs=6)
+        seen.append(int(model[1].num_batches_tracked))
+        assert trained.recovered
+    assert seen == [6 * 38 + 6 * 35] * 2
 
 
 def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> None:
@@ -247,7 +285,7 @@ def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> N
 
 def test_retraining_takes_smaller_steps(task: poisoned.Task) -> None:
     """So small here that the model stays what the reset has left."""
-    model, rates = poisoned.net(), list[float]()
+    model, rates, ending = poisoned.net(), list[float](), {"recover_epochs": 0}
 
     def watched(parameters: Any) -> torch.optim.Optimizer:
         made = optimizer(parameters)
@@ -255,7 +293,7 @@ def test_retraining_takes_smaller_steps(task: poisoned.Task) -> None:
         return made
 
     trained = trainer(
-        task, model, optimizer=watched, rounds=1, retrain_epochs=3, retrain_rate=1e-60
+        task, model, optimizer=watched, rounds=1, retrain_epochs=3, retrain_rate=1e-60, **ending
     ).fit()
 
     assert list(dict.fromkeys(rates)) == pytest.approx(
@@ -280,13 +318,15 @@ def test_another_runs_checkpoint_and_a_damaged_one_are_refused(
         trainer(task, poisoned.net(), checkpoint=file, epochs=1, rounds=0).fit()
 
 
-@pytest.mark.parametrize("name", ["epochs", "retrain_epochs", "batch_size", "rounds"])
+@pytest.mark.parametrize(
+    "name", ["epochs", "retrain_epochs", "recover_epochs", "batch_size", "rounds"]
+)
 def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be >= "):
         trainer(task, poisoned.net(), **{name: -1})
     with pytest.raises(ValueError, match=r"^retrain_rate must be > 0"):
         trainer(task, poisoned.net(), retrain_rate=0)
-    with pytest.raises(ValueError, match=r"^normalisation must be one of .* got 'melted'"):
-        trainer(task, poisoned.net(), normalisation="melted")
+    with pytest.raises(ValueError, match=r"^recover_rate must be > 0"):
+        trainer(task, poisoned.net(), recover_rate=0)
     with pytest.raises(ValueError, match=r"^unlearn must be >= 0 and finite, got -1"):
         trainer(task, poisoned.net(), unlearn=-1.0)
