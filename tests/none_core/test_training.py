@@ -118,8 +118,8 @@ def with_dropout() -> nn.Module:
     return nn.Sequential(*model[:3], nn.Dropout(0.2), *model[3:])
 
 
-# 38 steps an epoch, six epochs before the first look, two of 35 after it and four in the end.
-@pytest.mark.parametrize("steps", [0, 37, 38, 39, 200, 228, 229, 270, 297, 299, 400, 437])
+# 57 steps an epoch, six epochs before the first look, two of 52 after it and four in the end.
+@pytest.mark.parametrize("steps", [0, 56, 57, 58, 300, 342, 343, 394, 446, 447, 500, 653])
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(
     task: poisoned.Task, tmp_path: Path, steps: int
 ) -> None:
@@ -274,7 +274,7 @@ def test_what_is_unlearned_is_not_measured(task: poisoned.Task) -> None:
         trained, model = recovery(task, unlearn=unlearn, recover_rate=1.0, recover_epochs=6)
         seen.append(int(model[1].num_batches_tracked))
         assert trained.recovered
-    assert seen == [6 * 38 + 6 * 35] * 2
+    assert seen == [6 * 57 + 6 * 52] * 2
 
 
 def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> None:
