@@ -144,7 +144,8 @@ def prepare(
     Raises
     ------
     ConfigError
-        For an attack that needs what a deployed attacker has not got.
+        For an attack that needs what a deployed attacker has not got, and a defence that needs what
+        a deployed server has not.
     """
     if experiment.attack.name != "none" and experiment.attack.reporter == "collude":
         raise ConfigError(
@@ -154,6 +155,10 @@ def prepare(
     if experiment.task.held_out:
         raise ConfigError(
             "task.held_out = true is not legal in a deployment: settings are chosen in simulations"
+        )
+    if experiment.defense.name == "oracle":
+        raise ConfigError(
+            'defense.name = "oracle" is not legal in a deployment: it is told who attacks'
         )
     site = Site(folder, _participants(folder, experiment))
     for private in (

@@ -29,6 +29,7 @@ class DefenseConfig(Section):
         "foolsgold",
         "flame",
         "pruning",
+        "oracle",
     ] = Field("none-strategy", description='Strategy; "undefended" is plain federated averaging.')
     detector: Literal["mixture+inversion", "mixture", "inversion", "linearity", "contrast"] = Field(
         "mixture+inversion", description="How evidence becomes compromised neurons."

@@ -16,6 +16,7 @@ from none_core.flower.defence import AuditSink
 from server.config import DefenseConfig, ThresholdsConfig
 from server.peers.flame import Flame
 from server.peers.foolsgold import FoolsGold
+from server.peers.oracle import Oracle
 from server.peers.pruning import Pruning
 from server.peers.rfa import RFA
 from server.peers.rlr import RobustLearningRate
@@ -85,6 +86,8 @@ def build(
         case "flame":
             generator = np.random.default_rng([seed, _NOISE])
             return Flame(generator, **everybody, noise=config.flame_noise)
+        case "oracle":
+            return Oracle(**everybody)
         case "pruning":
             return Pruning(
                 model_fn,

@@ -31,6 +31,7 @@ READS: dict[str, frozenset[str]] = {
     "foolsgold": frozenset(),
     "flame": frozenset({"flame_noise"}),
     "pruning": frozenset({"quorum", "guard", "min_count"}),
+    "oracle": frozenset(),
 }
 # Strategies that ask clients for nothing but training, and tell them nothing but the model: what
 # malicious clients would report, and whether they would obey, makes no difference.

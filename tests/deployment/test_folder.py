@@ -14,6 +14,7 @@ from client.attacks import participant_of
 from client.participant import Participant, Settings
 from deployment import folder
 from deployment.folder import Site
+from server.config import DefenseConfig
 from simulations import config
 from simulations.config import ConfigError, Experiment
 from tasks import data
@@ -105,6 +106,11 @@ def test_what_needs_the_data_of_others_is_refused(tmp_path: Path) -> None:
 def test_settings_are_not_chosen_in_a_deployment(tmp_path: Path) -> None:
     held_out = experiment()
     task = held_out.task.model_copy(update={"held_out": True})
+    oracle = held_out.model_copy(update={"defense": DefenseConfig(name="oracle")})
+    with pytest.raises(
+        ConfigError, match=r"^defense\.name = \"oracle\" is not legal in a deployment"
+    ):
+        folder.prepare(tmp_path / "site", oracle)
     with pytest.raises(ConfigError, match=r"^task\.held_out = true is not legal in a deployment"):
         folder.prepare(tmp_path / "site", held_out.model_copy(update={"task": task}))
 

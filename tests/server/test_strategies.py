@@ -16,6 +16,7 @@ from server.config import DefenseConfig, ThresholdsConfig
 from server.peers.base import Validated
 from server.peers.flame import Flame
 from server.peers.foolsgold import FoolsGold
+from server.peers.oracle import Oracle
 from server.peers.pruning import Pruning
 from server.peers.rfa import RFA
 from server.peers.rlr import RobustLearningRate
@@ -35,6 +36,7 @@ TYPES = {
     "foolsgold": FoolsGold,
     "flame": Flame,
     "pruning": Pruning,
+    "oracle": Oracle,
 }
 LINES: list[dict] = []
 
