@@ -6,6 +6,7 @@ During Training", NeurIPS 2022, Algorithm 1.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -90,7 +91,8 @@ class NoneTrainer:
     recover_epochs : int
         Passes in the end, >= 0, if samples were dropped: batch normalisation measures again, which
         allows larger steps, and the model is led away from the labels of half of what was dropped
-        (`unlikelihood`). If it then gives more of the other half their labels, or is right about
+        (`unlikelihood`), but for labels that it still gives to most of their dropped samples. If it
+        then gives more of the other half their labels, and more than 5 % of them, or is right about
         fewer of the samples that are kept, it becomes again what it was before these passes.
     recover_rate : float
         What the learning rates are multiplied by for these, > 0; likewise falling.
@@ -209,7 +211,8 @@ class NoneTrainer:
         if not self.recover_epochs or len(state.dropped) < 2:
             state.done = True
             return
-        state.before = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        state.before = copy.deepcopy(self.model.state_dict())
+        state.unlearned = self._unlearned(state)
         state.obeyed, state.right = self._standing(state)
 
     def _judge(self, state: _State) -> None:
@@ -230,14 +233,23 @@ class NoneTrainer:
     def _standing(self, state: _State) -> tuple[float, float]:
         """Share of the dropped samples that obey, where unlearning does not see them; accuracy."""
         clean = self.cleanser.predictions(self.model, self.dataset, state.kept)
-        _, judged = self._halves(state)
+        judged = np.setdiff1d(state.dropped, state.unlearned)
         poisoned = self.cleanser.predictions(self.model, self.dataset, judged)
         return obeyed(clean, poisoned), float(np.trace(clean) / max(1, clean.sum()))
 
-    def _halves(self, state: _State) -> tuple[IntArray, IntArray]:
-        """Divide the dropped samples at random into what is unlearned, and what judges that."""
+    def _unlearned(self, state: _State) -> IntArray:
+        """Choose what is unlearned: half of the dropped samples, at random.
+
+        But none of a label that the model still gives to most of those that were dropped from it:
+        after all that was done against a backdoor, these are what they say they are.
+        """
+        given = self.cleanser.predictions(self.model, self.dataset, state.dropped)
+        honest = np.flatnonzero(2 * np.diagonal(given) > given.sum(1))
         order = np.random.default_rng([self.seed, len(state.dropped)]).permutation(state.dropped)
-        return order[: len(order) // 2], order[len(order) // 2 :]
+        half = np.sort(order[: len(order) // 2])
+        read = in_order(self.dataset, half, self.batch_size)
+        said = [labels.numpy() for _, _, labels in read]
+        return half[~np.isin(np.concatenate([half[:0], *said]), honest)]
 
     def _train(self, state: _State, optimizer: Optimizer) -> float:
         """Train one epoch; returns the mean loss.
@@ -260,6 +272,8 @@ class NoneTrainer:
             order = state.kept[torch.randperm(len(state.kept)).numpy()]
             if len(order) > 1 and len(order) % self.batch_size == 1 and self.batch_size > 1:
                 order = order[:-1]  # batch normalisation cannot be trained on one sample alone
+            if not len(order):
+                return 0.0
             kept = in_order(self.dataset, order, self.batch_size, self.cleanser.prepare)
             steps = math.ceil(len(order) / self.batch_size)
             for (_, inputs, labels), unwanted in zip(
@@ -282,9 +296,7 @@ class NoneTrainer:
 
     def _unwanted(self, state: _State, steps: int) -> list[IntArray]:
         """Deal what is unlearned to the steps of an epoch, in a new order."""
-        unlearned, _ = self._halves(state)
-        if state.before is None or not self.unlearn:
-            unlearned = unlearned[:0]
+        unlearned = state.unlearned if self.unlearn else state.unlearned[:0]
         return np.array_split(unlearned[torch.randperm(len(unlearned)).numpy()], max(1, steps))
 
     def _at_once(self, indices: IntArray) -> Batch:
@@ -387,7 +399,8 @@ class _State:
     done: bool = False
     cleansings: list[Cleansing] = field(default_factory=list)
     optimizer: dict[str, Any] | None = None
-    before: dict[str, Tensor] | None = None  # the recovery, while it goes on
+    before: dict[str, Any] | None = None  # the recovery, while it goes on
+    unlearned: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     obeyed: float = 0.0
     right: float = 0.0
     recovered: bool = False
@@ -416,6 +429,7 @@ class _State:
             ],
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             **{name: getattr(self, name) for name in ("before", "obeyed", "right", "recovered")},
+            "unlearned": torch.from_numpy(self.unlearned),
         }
 
     @classmethod
@@ -431,4 +445,5 @@ class _State:
             )
             for each in tree["cleansings"]
         ]
-        return cls(**tree | {"kept": tree["kept"].numpy(), "cleansings": cleansings})
+        samples = {name: tree[name].numpy() for name in ("kept", "unlearned")}
+        return cls(**tree | samples | {"cleansings": cleansings})

@@ -144,7 +144,9 @@ def measured(result: Mapping[str, Any]) -> Row:
         f"{client}:{first[client]}" for client in sorted(malicious & set(first))
     )
     row["honest_quarantined"] = len(set(first) - malicious)
-    row["honest_left_out"] = sum(len(set(entry["left_out"]) - malicious) for entry in rounds)
+    row["honest_left_out"] = sum(
+        len(set(entry.get("left_out", [])) - malicious) for entry in rounds
+    )
     row["first_effective"], row["attackers_late"] = _late(rounds, malicious, first)
     for name in ("precision", "recall"):
         row[f"filter_{name}"] = _percent(result["filter"][name])

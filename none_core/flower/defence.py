@@ -349,7 +349,8 @@ class Defence:
         accuracy = {c: a.accuracy for c, a in reports.items() if c not in self._excluded}
         self._accuracy = float(np.median(list(accuracy.values()) or [0.0]))
         confirmed, named = self._attribute(detection)
-        asked_about, arrays = arrays, self._without(named, arrays, again)
+        asked_about, judged = arrays, messages.state_of(arrays)
+        arrays = self._without(named, arrays, again)
         planned = decide(
             detection, self.layer_of, self.policy, accuracy=self._accuracy, confirmed=confirmed
         )
@@ -374,7 +375,7 @@ class Defence:
             arrays = messages.record_of(after)
         if self.purify:
             self._filter = build_filter(detection, self.layer_of, threshold=self.purify_others)
-            self._filter_undo = Undo.between(before, after)
+            self._filter_undo = Undo.between(judged, after)  # to the model that it was made with
         digests = {client: answer.digest for client, answer in reports.items()}
         self._close(decision, asked_about, aggregated, arrays, digests)
         return arrays
@@ -396,6 +397,7 @@ class Defence:
                 "none-suspected": len(record.suspected),
                 "none-alive": int(alive),
                 "none-neurons-reset": int(record.neurons_reset.size),
+                "none-left-out": len(record.left_out),
                 "none-quarantined": len(record.quarantined),
                 "none-samples-dropped": sum(record.purified.values()),
             }
@@ -411,6 +413,8 @@ class Defence:
         log(INFO, "\t│\t├── Quorum: %.2f | guard: %.3f", policy.quorum, policy.guard)
         log(INFO, "\t│\t├── Budget: %.2f of a layer per round", policy.budget)
         log(INFO, "\t│\t├── Quarantine: %s", "ON" if self.quarantine else "OFF")
+        at_once = self.quarantine and self.reaggregate
+        log(INFO, "\t│\t├── Leaving out at once: %s", "ON" if at_once else "OFF")
         log(INFO, "\t│\t└── Sample filter: %s", "ON" if self.purify else "OFF")
 
     # --- steps ------------------------------------------------------------------------------------
@@ -455,7 +459,8 @@ class Defence:
     def _attribute(self, detection: Detection) -> tuple[bool, list[int]]:
         """Hold this round's evidence against the clients.
 
-        Returns whether an attack is confirmed, and whom the evidence names that was not left out.
+        Returns whether an attack is confirmed, and whom of those that were let in this round's
+        evidence names.
 
         Updates are compared where a confirmed attack was seen, and some rounds longer. What they
         showed when it was first seen counts as soon as it is confirmed. Clients in quarantine are
@@ -481,6 +486,7 @@ class Defence:
         for s in detection.suspicions:
             suspected[s.client] = s.certified or suspected.get(s.client, False)
         found = weigh(self._nodes, suspected, named, self._scene_certified)
+        now = [client for client, weight in found.items() if weight and client in self._let_in]
         earlier = self._sighting.named if confirmed else ()
         for client in found.keys() & set(earlier):
             found[client] += reputation.decay
@@ -502,7 +508,7 @@ class Defence:
                 log(WARNING, "NONE round %s: node %s is quarantined", record.server_round, client)
             for client in sorted(excluded - reputation.quarantined):
                 log(INFO, "NONE round %s: node %s is cleared", record.server_round, client)
-        return confirmed, [c for c, weight in found.items() if weight and c in self._let_in]
+        return confirmed, now
 
     def _without(self, named: list[int], arrays: ArrayRecord, again: Again | None) -> ArrayRecord:
         """Aggregate this round again without those whom its own evidence names.
@@ -633,11 +639,11 @@ class Defence:
         if repaired_state is before and not neurons.size:
             return before, neurons, reason
         record, tried = self.record, []
-        predictions = ReportSpec(self.spec.neurons, self.spec.labels)
+        if record.left_out:  # what was asked about is another model
+            accuracy = self._accuracies(before)
         while True:
             after = self._reset(repaired_state, neurons)
-            answers = self._ask(messages.record_of(after), predictions).reports
-            loss = accuracy_loss(accuracy, {c: a.accuracy for c, a in answers.items()})
+            loss = accuracy_loss(accuracy, self._accuracies(after))
             if loss <= self.policy.guard:
                 did = [f"reset {len(neurons)}"] if neurons.size else []
                 if record.repaired:
@@ -658,6 +664,12 @@ class Defence:
         if tried:
             reason += f" ({', '.join(tried)})"
         return after, neurons, reason
+
+    def _accuracies(self, state: dict[str, Tensor]) -> dict[int, float]:
+        """Ask this round's participants how many of their samples a model is right about."""
+        predictions = ReportSpec(self.spec.neurons, self.spec.labels)
+        answers = self._ask(messages.record_of(state), predictions).reports
+        return {c: a.accuracy for c, a in answers.items() if c not in self._excluded}
 
     def _reset(self, before: dict[str, Tensor], neurons: IntArray) -> dict[str, Tensor]:
         self._model.load_state_dict(before)

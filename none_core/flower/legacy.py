@@ -66,7 +66,7 @@ from none_core.flower.messages import (
 )
 from none_core.flower.strategy import make_defence
 from none_core.flower.validation import Template, template_of
-from none_core.flower.wrapped import Rewind, inner_of, without_reset
+from none_core.flower.wrapped import Rewind, inner_of, second_aggregation, without_reset
 
 ClientFn = Callable[[Context], Client | NumPyClient]
 
@@ -173,12 +173,12 @@ class NoneStrategy(Strategy):
         def again(without: Collection[int]) -> ArrayRecord | None:
             nonlocal before, metrics
             kept = [(proxy, result) for proxy, result in valid if self._node(proxy) not in without]
-            undo = rewind.back()
-            second, theirs = self.strategy.aggregate_fit(server_round, kept, failures)
+            second = second_aggregation(
+                rewind, lambda: self.strategy.aggregate_fit(server_round, kept, failures)
+            )
             if second is None:
-                undo()
                 return None
-            before, metrics = _named(second, self._template), theirs
+            before, metrics = _named(second[0], self._template), second[1]
             return ArrayRecord(dict(before))
 
         alone = inner_of(self.strategy, Strategy) is None

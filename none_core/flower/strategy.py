@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from none_core.decision import Policy
 from none_core.flower import messages
 from none_core.flower.defence import Defence
-from none_core.flower.wrapped import Rewind, carry_over_reset, inner_of, weighted_by
+from none_core.flower.wrapped import (
+    Rewind,
+    carry_over_reset,
+    inner_of,
+    second_aggregation,
+    weighted_by,
+)
 
 _POLICY = tuple(field.name for field in fields(Policy))
 
@@ -33,8 +39,8 @@ class NoneStrategy(Strategy):
     the wrapped strategy's bit for bit.
 
     Where a round's own reports incriminate clients beyond doubt, the wrapped strategy aggregates
-    it a second time, without them; its attributes are put back before. One that changes arrays in
-    place or writes files in ``aggregate_train`` does so twice: ``reaggregate=False`` spares it
+    it a second time, without them; its attributes are put back before. One that changes objects of
+    its own or writes files in ``aggregate_train`` does so twice: ``reaggregate=False`` spares it
     that. Wrappers (differential privacy) are never asked twice.
 
     Wrapping replaces the wrapped strategy's own ``start``; if it overrides that (to save
@@ -186,13 +192,11 @@ def _defended(
         for message in kept:
             if message.has_content():  # of which FedMedian, for one, leaves nothing
                 message.content = contents[id(message)]
-        undo = rewind.back()
-        second, theirs = aggregate(server_round, kept)
+        second = second_aggregation(rewind, lambda: aggregate(server_round, kept))
         if second is None:
-            undo()
-        else:
-            aggregated, metrics = second, theirs
-        return second
+            return None
+        aggregated, metrics = second
+        return aggregated
 
     # A wrapper may add noise to its one release, or have changed the replies.
     alone = inner_of(strategy, Strategy) is None

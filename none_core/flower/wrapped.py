@@ -7,23 +7,29 @@ to hear of a reset, and of clients that are left out of a round when it has been
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from logging import WARNING
+from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp.strategy import FedAvgM, Strategy
 from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
+from torch import Tensor
 
-_Noted = tuple[Any, Any]  # an attribute, and what was in it if it is a container
+_Model = TypeVar("_Model")
+_Metrics = TypeVar("_Metrics")
+_Back = Callable[[], Any]  # puts back what was in a value, and returns the value
+_DEEP = 3  # containers within containers that are looked into
 
 
 class Rewind:
     """Lets a strategy aggregate the same round again, as if it had not done so before.
 
-    Its attributes, and what is in lists, dicts and sets among them, are noted now, and put back by
-    :meth:`back`. That is all: a strategy that changes arrays in place, or writes files, does so
-    twice.
+    Its attributes, and what is in arrays, tensors, records, lists, dicts and sets among them, are
+    noted now, and put back by :meth:`back`. What else a strategy does (to objects of its own, or to
+    files) it does twice.
 
     Parameters
     ----------
@@ -40,21 +46,77 @@ class Rewind:
         self._put(self._noted)
         return lambda: self._put(now)
 
-    def _now(self) -> dict[str, _Noted]:
-        kinds = (list, dict, set)
-        held = vars(self._strategy).items()
-        return {n: (v, v.copy() if type(v) in kinds else None) for n, v in held}
+    def _now(self) -> dict[str, _Back]:
+        return {name: _noted(value) for name, value in vars(self._strategy).items()}
 
-    def _put(self, noted: dict[str, _Noted]) -> None:
+    def _put(self, noted: dict[str, _Back]) -> None:
         held = vars(self._strategy)
-        held.clear()
-        for name, (value, content) in noted.items():
-            held[name] = value
-            if isinstance(value, list) and content is not None:
-                value[:] = content
-            elif content is not None:
-                value.clear()
-                value.update(content)
+        for name in held.keys() - noted.keys():
+            del held[name]
+        for name, back in noted.items():
+            held[name] = back()
+
+
+def second_aggregation(
+    rewind: Rewind, aggregate: Callable[[], tuple[_Model | None, _Metrics]]
+) -> tuple[_Model, _Metrics] | None:
+    """Aggregate a round again; None, and as if nothing had been tried, if that cannot be done.
+
+    Whatever the strategy raises, the first result stands: who was named must not stop the run.
+    """
+    undo = rewind.back()
+    try:
+        model, metrics = aggregate()
+    except Exception as error:  # a strategy may raise anything if it is left with too few
+        log(WARNING, "NONE: the round was not aggregated again: %r", error)
+        model = None
+    if model is None:
+        undo()
+        return None
+    return model, metrics
+
+
+def _noted(value: Any, deep: int = _DEEP) -> _Back:
+    """Note what is in a value."""
+    if isinstance(value, np.ndarray):
+        return _of_array(value, value.copy(), np.copyto) if value.flags.writeable else lambda: value
+    if isinstance(value, Tensor):
+        return _of_array(value, value.detach().clone(), _overwrite)
+    if type(value) is set:
+        members = value.copy()
+        return lambda: _refilled(value, members)
+    if not deep:
+        return lambda: value
+    if type(value) is list:
+        items = [_noted(item, deep - 1) for item in value]
+        return lambda: _relisted(value, [back() for back in items])
+    if type(value) in (dict, ArrayRecord, MetricRecord, ConfigRecord):
+        entries = {key: _noted(item, deep - 1) for key, item in value.items()}
+        return lambda: _refilled(value, {key: back() for key, back in entries.items()})
+    return lambda: value
+
+
+def _of_array(value: Any, content: Any, put: Callable[[Any, Any], None]) -> _Back:
+    def back() -> Any:
+        put(value, content)
+        return value
+
+    return back
+
+
+def _overwrite(tensor: Tensor, content: Tensor) -> None:
+    tensor.data.copy_(content)
+
+
+def _relisted(value: list[Any], items: list[Any]) -> list[Any]:
+    value[:] = items
+    return value
+
+
+def _refilled(value: Any, content: Any) -> Any:
+    value.clear()
+    value.update(content)
+    return value
 
 
 def inner_of(strategy: object, kind: type) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +61,7 @@ class NoneDefense(Baseline):
         require(self.retrain_rate > 0, "retrain_rate", self.retrain_rate, "> 0")
         require(self.recover_epochs >= 0, "recover_epochs", self.recover_epochs, ">= 0")
         require(self.recover_rate > 0, "recover_rate", self.recover_rate, "> 0")
-        require(self.unlearn >= 0, "unlearn", self.unlearn, ">= 0")
+        require(0 <= self.unlearn < math.inf, "unlearn", self.unlearn, ">= 0 and finite")
 
     def train(self, setting: Setting) -> Outcome:
         """Train as an undefended run does, cleanse, and train on."""

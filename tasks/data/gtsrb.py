@@ -112,14 +112,20 @@ def _read_npz(file: Path, split: str) -> tuple[Images, Labels]:
 def _drives(file: Path) -> Labels | None:
     """Read the number of each training image's drive, unless the file does not say."""
     with np.load(file, allow_pickle=False) as arrays:
-        return arrays.get("track_train")
+        drives = arrays.get("track_train")
+    if drives is not None and drives.dtype.kind not in "iu":
+        raise DataError(f"{file}: track_train is {drives.dtype}, not whole numbers")
+    return drives
 
 
 def _read_class_folders(folder: Path) -> tuple[Images, Labels, Labels]:
     """Read ``00000/00001_00002.ppm``, ...: label, drive and frame; images, labels and drives."""
     files = sorted(folder.glob("[0-9]*/*.ppm"))
     labels = np.array([int(file.parent.name) for file in files])
-    drives = np.array([int(file.stem.split("_")[0]) for file in files])
+    numbers = [file.stem.split("_")[0] for file in files]
+    if not all(number.isdecimal() for number in numbers):
+        raise DataError(f"{folder} holds images that are not named DRIVE_FRAME.ppm")
+    drives = np.array([int(number) for number in numbers])
     return _read_signs(folder, files), labels, drives
 
 

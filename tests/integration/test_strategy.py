@@ -173,6 +173,7 @@ def test_the_metrics_of_the_defence_are_in_the_result() -> None:
         "none-suspected": len(ATTACKERS),
         "none-alive": 1,
         "none-neurons-reset": len(PLANTED),
+        "none-left-out": 0,
         "none-quarantined": 0,
         "none-samples-dropped": 0,
     }

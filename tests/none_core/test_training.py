@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from none_core import training
-from none_core.cleansing import Cleanser
+from none_core.cleansing import Cleanser, Cleansing
 from none_core.training import CheckpointError, NoneTrainer, Trained, unlikelihood
 from tests.none_core import poisoned
 
@@ -181,7 +181,7 @@ def test_normalisation_is_frozen_after_a_reset_and_measures_again_in_the_recover
 
     settings = {"epochs": 6, "retrain_epochs": 2, "batch_size": 32, "rounds": 1}
     NoneTrainer(model, task.train, Watching(model, EXAMPLE), optimizer, **settings).fit()
-    after_reset, before, _, after, _ = seen
+    after_reset, _, before, _, after, _ = seen
     assert torch.equal(after_reset, before)
     assert not torch.equal(before, after)
 
@@ -198,10 +198,17 @@ def test_unlikelihood_is_what_its_formula_says() -> None:
 
 
 class DropsOnly(Cleanser):
-    """Resets nothing, so that what is left to unlearn is all there."""
+    """Resets nothing, so that what is left to unlearn is all there; and says that little is."""
+
+    asked = 0
 
     def cleanse(self, model: nn.Module, *arguments: Any) -> Any:
         return super().cleanse(copy.deepcopy(model), *arguments)
+
+    def predictions(self, *arguments: Any) -> Any:
+        self.asked += 1
+        counts = super().predictions(*arguments)
+        return np.roll(counts, 1, axis=1) if self.asked == 1 else counts
 
 
 def recovery(task: poisoned.Task, **settings: Any) -> tuple[Trained, nn.Module]:
@@ -246,25 +253,58 @@ def test_half_of_what_was_dropped_judges_and_is_never_trained_on(
 def test_a_recovery_that_harms_is_undone(task: poisoned.Task, what: str) -> None:
     """The backdoor comes back, or accuracy goes."""
     _, left = recovery(task, recover_epochs=0)
-    calls = []
 
     class Bad(DropsOnly):
-        def predictions(self, model: nn.Module, dataset: Any, indices: Any) -> Any:
-            counts = super().predictions(model, dataset, indices)
-            calls.append(len(indices))
-            late, judging = len(calls) > 2, len(indices) < 200
-            if judging and not late:
-                return np.roll(counts, 1, axis=1)  # nobody obeys
-            return np.roll(counts, 1, axis=1) if late and what == "is wrong" else counts
+        def predictions(self, *arguments: Any) -> Any:
+            counts = super().predictions(*arguments)
+            another = np.roll(counts, 1, axis=1)
+            # All that was dropped; then those kept and those that judge, before and after.
+            return another if self.asked == {"obeys": 3, "is wrong": 4}[what] else counts
 
     model = poisoned.net(norm=True)
     settings = {"epochs": 6, "retrain_epochs": 1, "batch_size": 32, "rounds": 1}
-    trained = NoneTrainer(
-        model, task.train, Bad(model, EXAMPLE), optimizer, **settings, unlearn=0.0
-    ).fit()
-    assert len(calls) == 4
+    cleanser = Bad(model, EXAMPLE)
+    trained = NoneTrainer(model, task.train, cleanser, optimizer, **settings, unlearn=0.0).fit()
+    assert cleanser.asked == 5
     assert not trained.recovered
     assert same(model, left)
+
+
+def test_what_was_dropped_by_mistake_is_not_unlearned() -> None:
+    """A kind of one class that looks like none of the others' goes on being that class."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[3.0, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0], [2.2, 0, 0, 2.5]])
+    kind = torch.arange(2000) % 4
+    inputs = centres[kind] + 0.45 * torch.randn(2000, 4, generator=generator)
+    odd, labels = np.flatnonzero(kind.numpy() == 3), kind % 3
+
+    class Mistaken(Cleanser):
+        def cleanse(self, model: nn.Module, dataset: Any, kept: Any = None) -> Cleansing:
+            none, first = np.empty(0, dtype=np.int64), len(kept) == len(dataset)
+            return Cleansing("", none, np.zeros(0), odd if first else none, {})
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+    data = torch.utils.data.TensorDataset(inputs, labels)
+    trained = NoneTrainer(
+        model, data, Mistaken(model, torch.zeros(2, 4)), optimizer, epochs=6
+    ).fit()
+    model.eval()
+    right = (model(inputs).argmax(1) == labels).numpy()
+    assert trained.recovered
+    assert trained.dropped.tolist() == odd.tolist()
+    assert right[odd].mean() > 0.9
+
+
+def test_a_data_set_of_which_nothing_is_left_ends(task: poisoned.Task) -> None:
+    class TakesAll(Cleanser):
+        def cleanse(self, model: nn.Module, dataset: Any, kept: Any = None) -> Cleansing:
+            return Cleansing("", np.empty(0, dtype=np.int64), np.zeros(0), kept, {})
+
+    model = poisoned.net()
+    cleanser = TakesAll(model, EXAMPLE)
+    trained = NoneTrainer(model, task.train, cleanser, optimizer, epochs=1, rounds=1).fit()
+    assert not trained.kept.size
 
 
 def test_what_is_unlearned_is_not_measured(task: poisoned.Task) -> None:

@@ -552,6 +552,94 @@ class Counting(FedAvg):
         )
 
 
+class InPlace(FedAvg):
+    """Keeps a momentum in arrays that it overwrites, and the model that it was sent in a record."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.momentum: dict[str, Any] = {}
+        self.total, self.steps = torch.zeros(1), [np.zeros(1)]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any
+    ) -> Any:
+        self.sent = ArrayRecord(dict(arrays))
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        assert arrays is not None
+        self.total += 1
+        self.steps[0] += 1
+        for name in list(self.sent):
+            before = self.sent.pop(name).numpy()  # as FedAvgM's cousins do, to save memory
+            update = np.array(arrays[name].numpy() - before, dtype=np.float64)
+            if name in self.momentum:
+                self.momentum[name] *= 0.5
+                self.momentum[name] += update
+            else:
+                self.momentum[name] = update
+            arrays[name] = Array(np.asarray(before + self.momentum[name], before.dtype))
+        return arrays, metrics
+
+
+def test_arrays_that_a_strategy_overwrites_are_put_back_too() -> None:
+    script = sees(attack, 1, 2)
+    attacking = Game(script, attacking_in(range(1, 100)), inner=InPlace).play(4)
+    absent = Game(script, silent_from(2), inner=InPlace).play(4)
+    assert attacking.records[1].left_out == [HOSTILE]
+    assert attacking.models == absent.models
+    for game in (attacking, absent):
+        inner: Any = game.strategy.strategy
+        assert (float(inner.total), inner.steps[0].item()) == (4, 4)
+
+
+class Delicate(FedAvg):
+    """Raises if there are too few."""
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        replies = list(replies)
+        if len(replies) < 5 and server_round == 2:
+            raise RuntimeError("too few")
+        return super().aggregate_train(server_round, replies)
+
+
+def test_a_strategy_that_raises_does_not_stop_the_run() -> None:
+    game = Game(sees(attack, 1, 2), attacking_in(range(1, 100)), inner=Delicate).play(3)
+    assert game.models[1] == average({HOSTILE})
+    assert [record.left_out for record in game.records] == [[], [], []]
+    assert game.quarantined()[1] == [HOSTILE]
+
+
+def test_what_an_earlier_probe_saw_names_nobody_in_this_round() -> None:
+    """It counts as evidence; but the update of this round was not seen to stand apart."""
+    game = Game(sees(attack, 1, 2), attacking_in({1})).play(2)
+    assert game.records[1].named == []
+    assert game.records[1].evidence[HOSTILE] == 0.5
+    assert game.records[1].left_out == []
+
+
+@pytest.mark.parametrize("size", [5.0, 100.0])
+def test_a_reset_is_charged_with_what_it_costs_itself(size: float) -> None:
+    """And not with the difference between the models with and without the attacker."""
+
+    def far(message: Message) -> list[Message]:
+        content = train_content(message.metadata.dst_node_id)
+        arrays = content.array_records["arrays"]
+        for name, row in (("0.weight", PLANTED), ("3.weight", 1)):
+            values = np.array(arrays[name].numpy())
+            values[row] -= size
+            arrays[name] = Array(values)
+        return [Message(content, reply_to=message)]
+
+    script = sees(partial(attack, reset=True), 1, 2)
+    present = Game(script, answering(train=far), guard=0.02).play(2).records[1]
+    absent = Game(script, silent_from(2), guard=0.02).play(2).records[1]
+    assert present.left_out == [HOSTILE]
+    assert present.neurons_reset.tolist() == absent.neurons_reset.tolist()
+    assert present.decision == f"aggregated again without 1 clients; {absent.decision}"
+
+
 def test_what_a_strategy_remembers_is_of_one_aggregation_a_round() -> None:
     game = Game(sees(attack, 1, 2), attacking_in(range(1, 100)), inner=Counting)
     inner = game.strategy.strategy
@@ -560,7 +648,7 @@ def test_what_a_strategy_remembers_is_of_one_aggregation_a_round() -> None:
     game.play(3)
     assert (inner.calls, inner.lists, inner.by_round) == (3, [1, 2, 3], {1: 5, 2: 4, 3: 4})
     assert held is inner.lists
-    assert inner.outside == {1: 1, 2: 2, 3: 1}  # as it says, only lists, dicts and sets
+    assert inner.outside == {1: 1, 2: 2, 3: 1}  # an object of its own
 
 
 def test_a_strategy_that_does_not_aggregate_so_few_keeps_its_first_result() -> None:
