@@ -81,6 +81,13 @@ def test_a_filter_is_read_with_the_model_that_it_was_made_with(malicious: int) -
     assert attack_success(models[-1]) < 0.3
 
 
+@pytest.mark.parametrize("malicious", [2, 4])
+def test_quarantine_alone_comes_too_late_for_gigantic_updates(malicious: int) -> None:
+    federation = ToyFederation(CLIENTS, malicious, corrupt=scaled(10))
+    late = NoneStrategy(FedAvg(**EVERYBODY), toy_model, EXAMPLE_INPUT, reaggregate=False)
+    assert attack_success(federation.run(late, 4)[-1]) > 0.4
+
+
 class Mine(NoneMixin, FedAvgM):
     """A strategy of one's own."""
 
