@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, Context, RecordDict
+from flwr.app import Array, ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.client import Client, NumPyClient
 from flwr.common import (
     Code,
@@ -31,6 +31,7 @@ from flwr.server import History, Server, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAdam, FedAvg, FedAvgM, Strategy
 from flwr.serverapp.strategy import FedAvg as MessageFedAvg
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -52,6 +53,15 @@ CLIENTS, MALICIOUS, ROUNDS = 10, 4, 3
 FEW = 4  # clients, where no attack is played
 NAMES = list(toy_model().state_dict())
 ALL: dict[str, Any] = {"min_fit_clients": FEW, "fraction_evaluate": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep sums from depending on the number of threads, in those of the clients too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def arrays_of(model: nn.Module) -> list[np.ndarray]:
@@ -161,6 +171,38 @@ def defended(inner: Any = None, **settings: Any) -> NoneStrategy:
     return NoneStrategy(inner or fedavg(), toy_model, EXAMPLE_INPUT, **settings)
 
 
+class Ordered(FedAvg):
+    """Adds floats in a fixed order, since Flower's server returns the results in any."""
+
+    def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+        results = sorted(results, key=lambda pair: pair[0].cid)
+        return super().aggregate_fit(server_round, results, failures)
+
+
+class AddsUpAsMessagesDo(Ordered):
+    """Rounds as the Message API's FedAvg does, which weighs first and then adds."""
+
+    def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+        _, metrics = super().aggregate_fit(server_round, results, failures)
+        contents = [
+            RecordDict(
+                {
+                    "arrays": ArrayRecord(
+                        dict(
+                            zip(
+                                NAMES, map(Array, parameters_to_ndarrays(r.parameters)), strict=True
+                            )
+                        )
+                    ),
+                    "metrics": MetricRecord({"num-examples": r.num_examples}),
+                }
+            )
+            for _, r in sorted(results, key=lambda pair: pair[0].cid)
+        ]
+        arrays = aggregate_arrayrecords(contents, "num-examples")
+        return ndarrays_to_parameters(arrays.to_numpy_ndarrays()), metrics
+
+
 # --- a whole deployment ---------------------------------------------------------------------------
 
 
@@ -177,16 +219,14 @@ def test_the_backdoor_works_and_with_the_adapter_it_does_not() -> None:
 
 def test_it_decides_as_the_message_api_does() -> None:
     deployment, audits = Deployment(), ([], [])
-    deployment.run(defended(audit=audits[0].append))
+    deployment.run(defended(fedavg(AddsUpAsMessagesDo), audit=audits[0].append))
     inner = MessageFedAvg(**DefenceConformance.everybody(CLIENTS))
     models = ToyFederation(CLIENTS, MALICIOUS).run(
         MessageNoneStrategy(inner, toy_model, EXAMPLE_INPUT, audit=audits[1].append), ROUNDS
     )
     for legacy, new in zip(deployment.released, models, strict=True):
         for name in NAMES:
-            # A legacy server adds up in the order in which replies arrive, and training amplifies
-            # the last digits.
-            np.testing.assert_allclose(legacy[name], new[name], atol=0.02)
+            np.testing.assert_array_equal(legacy[name], new[name])
     for one, other in zip(*audits, strict=True):
         assert one["decision"] == other["decision"]
         assert len(one["suspicions"]) == len(other["suspicions"])
@@ -200,14 +240,6 @@ def test_connections_without_a_node_id_are_numbered() -> None:
     assert record.reports == CLIENTS
     assert record.purified
     assert set(record.purified) <= set(range(1, CLIENTS + 1))
-
-
-class Ordered(FedAvg):
-    """Adds floats in a fixed order, since Flower's server returns the results in any."""
-
-    def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
-        results = sorted(results, key=lambda pair: pair[0].cid)
-        return super().aggregate_fit(server_round, results, failures)
 
 
 def test_before_the_start_round_it_changes_nothing() -> None:
