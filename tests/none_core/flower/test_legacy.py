@@ -184,20 +184,15 @@ class AddsUpAsMessagesDo(Ordered):
 
     def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
         _, metrics = super().aggregate_fit(server_round, results, failures)
+        replies = [result for _, result in sorted(results, key=lambda pair: pair[0].cid)]
         contents = [
             RecordDict(
                 {
-                    "arrays": ArrayRecord(
-                        dict(
-                            zip(
-                                NAMES, map(Array, parameters_to_ndarrays(r.parameters)), strict=True
-                            )
-                        )
-                    ),
-                    "metrics": MetricRecord({"num-examples": r.num_examples}),
+                    "arrays": ArrayRecord(parameters_to_ndarrays(reply.parameters)),
+                    "metrics": MetricRecord({"num-examples": reply.num_examples}),
                 }
             )
-            for _, r in sorted(results, key=lambda pair: pair[0].cid)
+            for reply in replies
         ]
         arrays = aggregate_arrayrecords(contents, "num-examples")
         return ndarrays_to_parameters(arrays.to_numpy_ndarrays()), metrics
