@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ METHOD = (
 )
 EVERY = 3
 RANGES = {"5 to 30": (0.05, 0.3), "30 to 80": (0.3, 0.8), "over 80": (0.8, 1.01)}
+COSTS = ((10, 8), (20, 8), (30, 8), (60, 8), (30, 4), (30, 16))  # through the defaults, 30 x 8
 EPOCHS = 1.0  # a probe may take as long as so many local epochs of full MNIST
 
 
@@ -50,7 +50,7 @@ class Moment(NamedTuple):
 
 def run(
     data_root: Path | None,
-    costs: Sequence[tuple[int, int]] = tuple(itertools.product((10, 20, 30, 60), (4, 8, 16))),
+    costs: Sequence[tuple[int, int]] = COSTS,
     rounds: int = 30,
     overrides: Sequence[str] = (),
 ) -> Outcome:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,14 @@ class Trained:
         One for each look at the model; the last found nothing, unless the rounds were used up.
     recovered : bool
         Whether the model was trained on at larger steps in the end, and the backdoor stayed out.
+    anew : bool
+        Whether it is a model that was begun again with the samples that are kept.
     """
 
     kept: IntArray = field(repr=False)
     cleansings: tuple[Cleansing, ...]
     recovered: bool = False
+    anew: bool = False
 
     @property
     def dropped(self) -> IntArray:
@@ -65,7 +68,8 @@ class NoneTrainer:
     """Trains a classifier on samples that somebody may have poisoned.
 
     It trains, looks at the model, resets its compromised neurons, drops the samples behind them,
-    and trains on, until there is nothing left to remove; then it lets the model recover::
+    and trains on, until there is nothing left to remove; then it lets the model recover. Should the
+    backdoor outlive all that, the model is begun again with the samples that are left::
 
         trainer = NoneTrainer(model, dataset, Cleanser(model, example_input), optimizer)
         trained = trainer.fit()
@@ -98,6 +102,13 @@ class NoneTrainer:
         What the learning rates are multiplied by for these, > 0; likewise falling.
     unlearn : float
         Weight of the dropped samples in these, >= 0; at 1 each counts as much as one that is kept.
+    anew_epochs : int, optional
+        Passes over the samples that are kept, >= 0, from `untrained` on, if more than 5 % of those
+        that were dropped still get their labels in the end; all of the above follows once more. It
+        counts if at most half as many of them get their labels then, and is undone otherwise: they
+        are what they say they are. 0 is never; by default it is `epochs`.
+    untrained : mapping of str to Tensor, optional
+        State of the model before it was trained on anything; by default the one that it is in.
     loss : callable
         ``(logits, labels) -> mean loss``.
     epochs : int
@@ -132,6 +143,8 @@ class NoneTrainer:
         recover_epochs: int = 4,
         recover_rate: float = 0.2,
         unlearn: float = 1.0,
+        anew_epochs: int | None = None,
+        untrained: Mapping[str, Tensor] | None = None,
         rounds: int = 3,
         batch_size: int = 64,
         seed: int = 0,
@@ -141,6 +154,7 @@ class NoneTrainer:
             ("epochs", epochs, 0),
             ("retrain_epochs", retrain_epochs, 1),
             ("recover_epochs", recover_epochs, 0),
+            ("anew_epochs", 0 if anew_epochs is None else anew_epochs, 0),
             ("rounds", rounds, 0),
             ("batch_size", batch_size, 1),
         ):
@@ -151,11 +165,17 @@ class NoneTrainer:
                 raise ValueError(f"{name} must be > 0, got {rate}")
         if not 0 <= unlearn < math.inf:
             raise ValueError(f"unlearn must be >= 0 and finite, got {unlearn}")
+        if anew_epochs and not epochs and untrained is None:
+            raise ValueError(
+                "anew_epochs needs untrained, since epochs = 0 says that the model is trained"
+            )
         self.model, self.dataset, self.cleanser = model, dataset, cleanser
         self.optimizer, self.retrain_rate = optimizer, retrain_rate
         self.recover_epochs, self.recover_rate, self.unlearn = recover_epochs, recover_rate, unlearn
         self.loss, self.batch_size, self.seed = loss, batch_size, seed
         self.epochs, self.retrain_epochs, self.rounds = epochs, retrain_epochs, rounds
+        self.anew_epochs = epochs if anew_epochs is None else anew_epochs
+        self.untrained = untrained
         self.checkpoint = checkpoint
 
     def fit(self) -> Trained:
@@ -170,12 +190,16 @@ class NoneTrainer:
         while not state.done:
             self._trained(state)
             if state.before is not None:
-                self._judge(state)
+                self._judge_recovery(state)
+                self._end(state)
             elif state.round == self.rounds or not self._look(state):
-                self._begin_recovery(state)
+                if self.recover_epochs and len(state.dropped) > 1:
+                    self._begin_recovery(state)
+                else:
+                    self._end(state)
             state.epoch, state.optimizer = 0, None
             self._save(state, None)
-        return Trained(state.kept, tuple(state.cleansings), state.recovered)
+        return Trained(state.kept, tuple(state.cleansings), state.recovered, state.anew)
 
     def _trained(self, state: _State) -> None:
         """Train as many epochs as are left before something is looked at."""
@@ -185,13 +209,16 @@ class NoneTrainer:
             mean = self._train(state, optimizer)
             state.epoch += 1
             stage = f"round {state.round}" if state.before is None else "recovery"
-            _LOG.info("%s, epoch %d: loss %.4f", stage, state.epoch, mean)
+            again = "" if state.first is None else "begun again, "
+            _LOG.info("%s%s, epoch %d: loss %.4f", again, stage, state.epoch, mean)
             self._save(state, optimizer)
 
     def _epochs(self, state: _State) -> int:
         if state.before is not None:
             return self.recover_epochs
-        return self.retrain_epochs if state.round else self.epochs
+        if state.round:
+            return self.retrain_epochs
+        return self.epochs if state.first is None else self.anew_epochs
 
     def _look(self, state: _State) -> bool:
         """Look at the model and remove what is found; whether there was anything."""
@@ -207,15 +234,12 @@ class NoneTrainer:
         return cleansing.found
 
     def _begin_recovery(self, state: _State) -> None:
-        """Keep the model to come back to, unless there is nothing to judge a recovery by."""
-        if not self.recover_epochs or len(state.dropped) < 2:
-            state.done = True
-            return
+        """Keep the model to come back to, and what to judge a recovery by."""
         state.before = copy.deepcopy(self.model.state_dict())
         state.unlearned = self._unlearned(state)
         state.obeyed, state.right = self._standing(state)
 
-    def _judge(self, state: _State) -> None:
+    def _judge_recovery(self, state: _State) -> None:
         """Go back to where the recovery began if that brought the backdoor back."""
         assert state.before is not None
         obeyed_now, right_now = self._standing(state)
@@ -228,7 +252,40 @@ class NoneTrainer:
         )
         if not state.recovered:
             self.model.load_state_dict(state.before)
-        state.before, state.done = None, True
+        state.before = None
+
+    def _end(self, state: _State) -> None:
+        """End, or begin again if the backdoor is still there and this is the first attempt."""
+        state.done, untrained = True, state.untrained
+        if not len(state.dropped) or (state.first is None and untrained is None):
+            return
+        clean = self.cleanser.predictions(self.model, self.dataset, state.kept)
+        dropped = self.cleanser.predictions(self.model, self.dataset, state.dropped)
+        left = obeyed(clean, dropped)
+        if state.first is not None:
+            self._judge_anew(state, left)
+        elif untrained is not None and left > DEAD:
+            _LOG.info("dropped samples that obey: %.3f; begun again without them", left)
+            state.first = {
+                "model": copy.deepcopy(self.model.state_dict()),
+                "obeyed": left,
+                "recovered": state.recovered,
+            }
+            self.model.load_state_dict(untrained)
+            state.done, state.recovered, state.round = False, False, 0
+
+    def _judge_anew(self, state: _State, left: float) -> None:
+        """Go back to the first attempt's model unless far fewer of the dropped samples obey."""
+        assert state.first is not None
+        state.anew = 2 * left <= state.first["obeyed"]
+        _LOG.info(
+            "begun again: dropped samples that obey %.3f, before %.3f: %s",
+            *(left, state.first["obeyed"], "kept" if state.anew else "undone"),
+        )
+        if not state.anew:
+            self.model.load_state_dict(state.first["model"])
+            state.recovered = state.first["recovered"]
+        state.first = None
 
     def _standing(self, state: _State) -> tuple[float, float]:
         """Share of the dropped samples that obey, where unlearning does not see them; accuracy."""
@@ -322,7 +379,7 @@ class NoneTrainer:
     def _begun(self) -> _State:
         samples = np.arange(len(self.dataset))  # type: ignore[arg-type]
         if self.checkpoint is None or not self.checkpoint.exists():
-            return _State(kept=samples)
+            return _State(kept=samples, untrained=self._untrained())
         try:
             read = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
             settings, model, state = read["settings"], read["model"], read["state"]
@@ -335,6 +392,12 @@ class NoneTrainer:
             )
         self.model.load_state_dict(model)
         return _State.read(state)
+
+    def _untrained(self) -> dict[str, Tensor] | None:
+        """Keep what a second attempt would begin with, if there may be one."""
+        if not self.anew_epochs or not self.rounds:
+            return None
+        return copy.deepcopy(dict(self.untrained or self.model.state_dict()))
 
     def _save(self, state: _State, optimizer: Optimizer | None) -> None:
         if self.checkpoint is None:
@@ -350,7 +413,7 @@ class NoneTrainer:
         """Return what a run that goes on must have in common with the one that was stopped."""
         names = (
             *("epochs", "retrain_epochs", "retrain_rate", "recover_epochs", "recover_rate"),
-            *("unlearn", "rounds", "batch_size", "seed"),
+            *("unlearn", "anew_epochs", "rounds", "batch_size", "seed"),
         )
         return {
             **{name: getattr(self, name) for name in names},
@@ -404,6 +467,9 @@ class _State:
     obeyed: float = 0.0
     right: float = 0.0
     recovered: bool = False
+    untrained: dict[str, Tensor] | None = None
+    first: dict[str, Any] | None = None  # how the first attempt ended, while the second goes on
+    anew: bool = False
 
     @property
     def dropped(self) -> IntArray:
@@ -428,7 +494,13 @@ class _State:
                 for each in self.cleansings
             ],
             "optimizer": None if optimizer is None else optimizer.state_dict(),
-            **{name: getattr(self, name) for name in ("before", "obeyed", "right", "recovered")},
+            **{
+                name: getattr(self, name)
+                for name in (
+                    *("before", "obeyed", "right", "recovered"),
+                    *("untrained", "first", "anew"),
+                )
+            },
             "unlearned": torch.from_numpy(self.unlearned),
         }
 

@@ -40,6 +40,8 @@ class NoneDefense(Baseline):
         The learning rate of the first of these, likewise.
     unlearn : float
         Weight of what was dropped in these, >= 0.
+    anew : bool
+        Whether the model is begun again if the backdoor outlives all that.
     """
 
     detector: str = "mixture"
@@ -50,6 +52,7 @@ class NoneDefense(Baseline):
     recover_epochs: int = 4
     recover_rate: float = 0.2
     unlearn: float = 1.0
+    anew: bool = True
 
     def validate(self) -> None:
         """Check the fields."""
@@ -86,6 +89,8 @@ class NoneDefense(Baseline):
             recover_epochs=self.recover_epochs,
             recover_rate=self.recover_rate,
             unlearn=self.unlearn,
+            anew_epochs=schedule.epochs if self.anew else 0,
+            untrained=setting.model_fn().state_dict(),
             rounds=self.rounds,
             batch_size=schedule.batch_size,
             seed=setting.seed,
@@ -99,7 +104,9 @@ class NoneDefense(Baseline):
             }
             for each in trained.cleansings
         ]
-        looks[-1:] = [{**each, "recovered": trained.recovered} for each in looks[-1:]]
+        looks[-1:] = [
+            {**each, "recovered": trained.recovered, "anew": trained.anew} for each in looks[-1:]
+        ]
         return Outcome(model, trained.dropped, looks)
 
 

@@ -19,6 +19,7 @@ from tests.none_core import poisoned
 
 EXAMPLE = torch.zeros(2, poisoned.FEATURES)
 RATE = 0.08
+ONCE = {"epochs": 6, "retrain_epochs": 1, "batch_size": 32, "rounds": 1}
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_normalisation_is_frozen_after_a_reset_and_measures_again_in_the_recover
             seen.append(model[1].running_mean.clone())
             return super().predictions(*arguments)
 
-    settings = {"epochs": 6, "retrain_epochs": 2, "batch_size": 32, "rounds": 1}
+    settings = {**ONCE, "anew_epochs": 0}
     NoneTrainer(model, task.train, Watching(model, EXAMPLE), optimizer, **settings).fit()
     after_reset, _, before, _, after, _ = seen
     assert torch.equal(after_reset, before)
@@ -214,7 +215,7 @@ class DropsOnly(Cleanser):
 def recovery(task: poisoned.Task, **settings: Any) -> tuple[Trained, nn.Module]:
     """Train, drop, and recover, at most."""
     model = poisoned.net(norm=True)
-    base = {"epochs": 6, "retrain_epochs": 1, "batch_size": 32, "rounds": 1}
+    base = {**ONCE, "anew_epochs": 0}
     cleanser = DropsOnly(model, EXAMPLE)
     trained = NoneTrainer(model, task.train, cleanser, optimizer, **{**base, **settings}).fit()
     assert trained.dropped.tolist() == task.poisoned.tolist()
@@ -262,9 +263,9 @@ def test_a_recovery_that_harms_is_undone(task: poisoned.Task, what: str) -> None
             return another if self.asked == {"obeys": 3, "is wrong": 4}[what] else counts
 
     model = poisoned.net(norm=True)
-    settings = {"epochs": 6, "retrain_epochs": 1, "batch_size": 32, "rounds": 1}
+    settings = {**ONCE, "anew_epochs": 0, "unlearn": 0.0}
     cleanser = Bad(model, EXAMPLE)
-    trained = NoneTrainer(model, task.train, cleanser, optimizer, **settings, unlearn=0.0).fit()
+    trained = NoneTrainer(model, task.train, cleanser, optimizer, **settings).fit()
     assert cleanser.asked == 5
     assert not trained.recovered
     assert same(model, left)
@@ -292,8 +293,75 @@ def test_what_was_dropped_by_mistake_is_not_unlearned() -> None:
     model.eval()
     right = (model(inputs).argmax(1) == labels).numpy()
     assert trained.recovered
+    assert not trained.anew
     assert trained.dropped.tolist() == odd.tolist()
     assert right[odd].mean() > 0.9
+
+
+class Keeps(Cleanser):
+    """Resets nothing, so that a backdoor outlives everything but a model that never saw it."""
+
+    def cleanse(self, model: nn.Module, *arguments: Any) -> Any:
+        return super().cleanse(copy.deepcopy(model), *arguments)
+
+
+def kept(task: poisoned.Task, model: nn.Module, **settings: Any) -> NoneTrainer:
+    cleanser = Keeps(model, EXAMPLE)
+    base = {**ONCE, "unlearn": 0.0, "checkpoint": None}
+    return NoneTrainer(model, task.train, cleanser, optimizer, **{**base, **settings})
+
+
+def test_a_backdoor_that_outlives_everything_is_left_behind(task: poisoned.Task) -> None:
+    first, model = poisoned.net(norm=True), poisoned.net(norm=True)
+    assert not kept(task, first, anew_epochs=0).fit().anew
+    assert task.scores(first)[1] > 0.9
+
+    trained = kept(task, model).fit()
+    assert trained.anew
+    assert trained.dropped.tolist() == task.poisoned.tolist()
+    right, turned = task.scores(model)
+    assert turned < 0.05
+    assert right >= task.scores(first)[0] - 0.01
+
+
+def test_the_second_attempt_is_that_of_a_model_that_never_saw_what_was_dropped(
+    task: poisoned.Task,
+) -> None:
+    model, clean = poisoned.net(norm=True), poisoned.net(norm=True)
+    trained = kept(task, model, recover_epochs=0).fit()
+    assert trained.anew
+    data = torch.utils.data.Subset(task.train, trained.kept.tolist())
+    NoneTrainer(clean, data, Keeps(clean, EXAMPLE), optimizer, **{**ONCE, "rounds": 0}).fit()
+    assert same(model, clean)
+
+    # One that comes trained says what it was before.
+    given, first = poisoned.net(norm=True), poisoned.net(norm=True)
+    untrained = copy.deepcopy(given.state_dict())
+    kept(task, given, recover_epochs=0, rounds=0).fit()
+    trainer = kept(*(task, given), recover_epochs=0, epochs=0, anew_epochs=6, untrained=untrained)
+    assert trainer.fit().anew
+    assert same(given, model)
+    kept(task, first, recover_epochs=0, rounds=0).fit()
+    assert not kept(task, first, recover_epochs=0, epochs=0).fit().anew
+
+
+@pytest.mark.parametrize("steps", [342 + 52, 342 + 5 * 52 + 3, 342 + 8 * 52, 342 + 11 * 52])
+def test_a_second_attempt_that_is_killed_is_resumed(
+    task: poisoned.Task, tmp_path: Path, steps: int
+) -> None:
+    undisturbed, fresh = with_dropout(), with_dropout()
+    whole = kept(task, undisturbed).fit()
+    file = tmp_path / "checkpoint.pt"
+    dying = kept(task, with_dropout(), checkpoint=file)
+    dying.optimizer = killed_after(steps)
+    with pytest.raises(Killed):
+        dying.fit()
+    with torch.no_grad():
+        fresh[0].weight.zero_()  # what a second attempt begins with is the first process's
+    rest = kept(task, fresh, checkpoint=file).fit()
+    assert rest.anew
+    assert same(undisturbed, fresh)
+    assert_same_story(whole, rest)
 
 
 def test_a_data_set_of_which_nothing_is_left_ends(task: poisoned.Task) -> None:
@@ -325,7 +393,8 @@ def test_training_leaves_the_global_random_state_alone(task: poisoned.Task) -> N
 
 def test_retraining_takes_smaller_steps(task: poisoned.Task) -> None:
     """So small here that the model stays what the reset has left."""
-    model, rates, ending = poisoned.net(), list[float](), {"recover_epochs": 0}
+    model, rates = poisoned.net(), list[float]()
+    ending = {"recover_epochs": 0, "anew_epochs": 0}
 
     def watched(parameters: Any) -> torch.optim.Optimizer:
         made = optimizer(parameters)
@@ -359,7 +428,7 @@ def test_another_runs_checkpoint_and_a_damaged_one_are_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["epochs", "retrain_epochs", "recover_epochs", "batch_size", "rounds"]
+    "name", ["epochs", "retrain_epochs", "recover_epochs", "anew_epochs", "batch_size", "rounds"]
 )
 def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be >= "):
@@ -368,5 +437,7 @@ def test_wrong_numbers_are_named(task: poisoned.Task, name: str) -> None:
         trainer(task, poisoned.net(), retrain_rate=0)
     with pytest.raises(ValueError, match=r"^recover_rate must be > 0"):
         trainer(task, poisoned.net(), recover_rate=0)
+    with pytest.raises(ValueError, match=r"^anew_epochs needs untrained"):
+        trainer(task, poisoned.net(), epochs=0, anew_epochs=1)
     with pytest.raises(ValueError, match=r"^unlearn must be >= 0 and finite, got -1"):
         trainer(task, poisoned.net(), unlearn=-1.0)
