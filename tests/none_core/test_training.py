@@ -198,13 +198,17 @@ def test_unlikelihood_is_what_its_formula_says() -> None:
     assert (float(loss), certain.grad.tolist()) == (200.0, [[1.0, -1.0]])  # no infinity
 
 
-class DropsOnly(Cleanser):
-    """Resets nothing, so that what is left to unlearn is all there; and says that little is."""
-
-    asked = 0
+class ResetsNothing(Cleanser):
+    """Resets nothing, so that the backdoor outlives it."""
 
     def cleanse(self, model: nn.Module, *arguments: Any) -> Any:
         return super().cleanse(copy.deepcopy(model), *arguments)
+
+
+class DropsOnly(ResetsNothing):
+    """Says that little is left to unlearn, though all is there."""
+
+    asked = 0
 
     def predictions(self, *arguments: Any) -> Any:
         self.asked += 1
@@ -298,25 +302,18 @@ def test_what_was_dropped_by_mistake_is_not_unlearned() -> None:
     assert right[odd].mean() > 0.9
 
 
-class Keeps(Cleanser):
-    """Resets nothing, so that a backdoor outlives everything but a model that never saw it."""
-
-    def cleanse(self, model: nn.Module, *arguments: Any) -> Any:
-        return super().cleanse(copy.deepcopy(model), *arguments)
-
-
-def kept(task: poisoned.Task, model: nn.Module, **settings: Any) -> NoneTrainer:
-    cleanser = Keeps(model, EXAMPLE)
+def outlived(task: poisoned.Task, model: nn.Module, **settings: Any) -> NoneTrainer:
+    cleanser = ResetsNothing(model, EXAMPLE)
     base = {**ONCE, "unlearn": 0.0, "checkpoint": None}
     return NoneTrainer(model, task.train, cleanser, optimizer, **{**base, **settings})
 
 
 def test_a_backdoor_that_outlives_everything_is_left_behind(task: poisoned.Task) -> None:
     first, model = poisoned.net(norm=True), poisoned.net(norm=True)
-    assert not kept(task, first, anew_epochs=0).fit().anew
+    assert not outlived(task, first, anew_epochs=0).fit().anew
     assert task.scores(first)[1] > 0.9
 
-    trained = kept(task, model).fit()
+    trained = outlived(task, model).fit()
     assert trained.anew
     assert trained.dropped.tolist() == task.poisoned.tolist()
     right, turned = task.scores(model)
@@ -328,21 +325,25 @@ def test_the_second_attempt_is_that_of_a_model_that_never_saw_what_was_dropped(
     task: poisoned.Task,
 ) -> None:
     model, clean = poisoned.net(norm=True), poisoned.net(norm=True)
-    trained = kept(task, model, recover_epochs=0).fit()
+    trained = outlived(task, model, recover_epochs=0).fit()
     assert trained.anew
     data = torch.utils.data.Subset(task.train, trained.kept.tolist())
-    NoneTrainer(clean, data, Keeps(clean, EXAMPLE), optimizer, **{**ONCE, "rounds": 0}).fit()
+    NoneTrainer(
+        clean, data, ResetsNothing(clean, EXAMPLE), optimizer, **{**ONCE, "rounds": 0}
+    ).fit()
     assert same(model, clean)
 
     # One that comes trained says what it was before.
     given, first = poisoned.net(norm=True), poisoned.net(norm=True)
     untrained = copy.deepcopy(given.state_dict())
-    kept(task, given, recover_epochs=0, rounds=0).fit()
-    trainer = kept(*(task, given), recover_epochs=0, epochs=0, anew_epochs=6, untrained=untrained)
+    outlived(task, given, recover_epochs=0, rounds=0).fit()
+    trainer = outlived(
+        *(task, given), recover_epochs=0, epochs=0, anew_epochs=6, untrained=untrained
+    )
     assert trainer.fit().anew
     assert same(given, model)
-    kept(task, first, recover_epochs=0, rounds=0).fit()
-    assert not kept(task, first, recover_epochs=0, epochs=0).fit().anew
+    outlived(task, first, recover_epochs=0, rounds=0).fit()
+    assert not outlived(task, first, recover_epochs=0, epochs=0).fit().anew
 
 
 @pytest.mark.parametrize("steps", [342 + 52, 342 + 5 * 52 + 3, 342 + 8 * 52, 342 + 11 * 52])
@@ -350,15 +351,15 @@ def test_a_second_attempt_that_is_killed_is_resumed(
     task: poisoned.Task, tmp_path: Path, steps: int
 ) -> None:
     undisturbed, fresh = with_dropout(), with_dropout()
-    whole = kept(task, undisturbed).fit()
+    whole = outlived(task, undisturbed).fit()
     file = tmp_path / "checkpoint.pt"
-    dying = kept(task, with_dropout(), checkpoint=file)
+    dying = outlived(task, with_dropout(), checkpoint=file)
     dying.optimizer = killed_after(steps)
     with pytest.raises(Killed):
         dying.fit()
     with torch.no_grad():
         fresh[0].weight.zero_()  # what a second attempt begins with is the first process's
-    rest = kept(task, fresh, checkpoint=file).fit()
+    rest = outlived(task, fresh, checkpoint=file).fit()
     assert rest.anew
     assert same(undisturbed, fresh)
     assert_same_story(whole, rest)
