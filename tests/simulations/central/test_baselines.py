@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from none_core.neurons import NeuronMap
 from simulations.central.baselines.abl import AntiBackdoorLearning
 from simulations.central.baselines.activation_clustering import ActivationClustering
 from simulations.central.baselines.base import Baseline, accuracy, over_batches
@@ -72,6 +73,21 @@ def test_none_that_finds_nothing_ends_with_the_undefended_model(rounds: int) -> 
     assert len(outcome.looks) == rounds
     assert outcome.dropped is not None
     assert not outcome.dropped.size
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_none_begins_again_where_the_backdoor_outlives_everything(
+    monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    monkeypatch.setattr(NeuronMap, "reset", lambda *_: None)
+    scene = toy()
+    method = NoneDefense(rounds=1, retrain_rate=1e-9, recover_epochs=0, anew=anew)
+    outcome = method(scene.setting)
+    assert outcome.looks[-1]["anew"] == anew
+    assert outcome.dropped is not None
+    assert outcome.dropped.tolist() == scene.poisoned.tolist()
+    assert scene.accuracy(outcome.model) > 0.95
+    assert (scene.success(outcome.model) > 0.9) == (not anew)
 
 
 def test_undefended_training_learns_the_task_and_the_backdoor() -> None:

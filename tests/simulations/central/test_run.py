@@ -148,6 +148,7 @@ def test_none_finds_a_backdoor_and_says_what_it_saw_and_dropped() -> None:
     assert result["filter"]["dropped"] == look["dropped"] > 300
     assert result["filter"]["recall"] > 0.9
     assert result["filter"]["precision"] > 0.9
+    assert not look["anew"], "there was no need to"
 
 
 def test_a_filter_is_judged_by_what_it_dropped() -> None:
