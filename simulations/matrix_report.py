@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -289,6 +290,7 @@ class Check:
 class Verdict:
     """A bar at one place."""
 
+    bar: str
     name: str
     point: Point
     checks: Sequence[Check]
@@ -325,7 +327,7 @@ def judge(found: Findings, bar: Bar) -> list[Verdict]:
             for measure, (side, bound) in bar.bounds.items()
         ]
         seeds, wanted = len(found.rows(point)), found.wanted(point)
-        verdicts.append(Verdict(name, point, checks, seeds, wanted, bar.tried))
+        verdicts.append(Verdict(bar.name, name, point, checks, seeds, wanted, bar.tried))
     return verdicts
 
 
@@ -441,9 +443,11 @@ class Page:
         judged = [v for v in self._verdicts if v.checks]
         unknown = sum(verdict.state == NOT_RUN for verdict in judged)
         if judged:
-            held = sum(verdict.state == "held" for verdict in judged)
-            rest = f"; {unknown} cannot be judged yet" if unknown else ""
-            parts += [f"{held} of {len(judged)} bars are held{rest}.", _table(missed)]
+            held = [verdict for verdict in judged if verdict.state == "held"]
+            early = sum(verdict.seeds < verdict.wanted for verdict in held)
+            rest = f", {early} of them on the seeds so far" if early else ""
+            rest += f"; {unknown} cannot be judged yet" if unknown else ""
+            parts += [f"{len(held)} of {len(judged)} bars are held{rest}.", _table(missed)]
         if self._found.matrix.file.peers is not None:
             parts += self._peers(self._found.matrix.file.peers)
         return ["## Missed", *parts] if parts else []
@@ -464,17 +468,22 @@ class Page:
     def _bars(self) -> list[str]:
         if not self._verdicts:
             return []
-        lines = [bar_line(self._found, verdict) for verdict in self._verdicts]
-        for line, verdict in zip(lines, self._verdicts, strict=True):
+        begun = [verdict for verdict in self._verdicts if verdict.seeds]
+        lines = [bar_line(self._found, verdict) for verdict in begun]
+        for line, verdict in zip(lines, begun, strict=True):
             line["verdict"] = verdict.state
             if verdict.seeds < verdict.wanted:
                 line["seeds"] = f"{verdict.seeds} of {verdict.wanted}"
             del line["seconds"]
-            if not verdict.seeds:
-                for name in ("BA final", "ASR final"):
-                    line[name] = NOT_RUN
         text = "Mean over the seeds, the worst in brackets."
-        return ["## Bars", text, _table(lines)]
+        parts = ["## Bars", text, _table(lines)] if begun else ["## Bars"]
+        places = Counter(verdict.bar for verdict in self._verdicts if not verdict.seeds)
+        if places:
+            each = (
+                f"{bar} ({count} places)" if count > 1 else bar for bar, count in places.items()
+            )
+            parts.append(f"Not run yet: {'; '.join(each)}.")
+        return parts
 
     def _tables(self) -> list[str]:
         """One table for each task, partition and number of malicious clients, split by reporter."""

@@ -284,17 +284,17 @@ def test_what_is_missed_comes_first(plan: Matrix) -> None:
     assert [row["run"] for row in missed] == ["T1"]
     assert missed[0]["wanted"] == "ASR <= 1 %"
     assert missed[0]["missed by"] == "mean"
-    assert "3 of 5 bars are held; 1 cannot be judged yet" in section(page, "## Missed")
+    summary = "3 of 5 bars are held, 1 of them on the seeds so far; 1 cannot be judged yet"
+    assert summary in section(page, "## Missed")
     bars = {row["run"]: row for row in table(page, "## Bars")}
     assert {name: row["verdict"] for name, row in bars.items()} == {
         "no attacker": "held",
         "T1": "**missed**",
         "attack (t1)": "held",
         "attack (strong)": "held",
-        "T1, two": "not run",
     }
     assert bars["attack (strong)"]["seeds"] == "1 of 2"
-    assert bars["T1, two"]["ASR final"] == "not run"
+    assert "Not run yet: T1, two." in section(page, "## Bars")
 
 
 def test_a_seed_that_misses_is_named(plan: Matrix) -> None:
