@@ -487,7 +487,7 @@ class Page:
 
     def _tables(self) -> list[str]:
         """One table for each task, partition and number of malicious clients, split by reporter."""
-        found, parts = self._found, ["## All defences"]
+        found, parts, waiting = self._found, ["## All defences"], list[str]()
         parts.append(
             "Each field: BA, below it ASR; mean over the seeds and their range in brackets."
         )
@@ -496,6 +496,9 @@ class Page:
         for place, points in _grouped(found.points, "task", "partition", "malicious"):
             attacked = [p for p in points if p.attack != found.matrix.no_attacker]
             if not attacked and place[2] != usual:
+                continue
+            if not any(map(found.rows, points)):
+                waiting.append(", ".join((*place[:2], malicious_clients(place[2]))))
                 continue
             defenses = _in_order(found.matrix.file.defenses, (p.defense for p in points))
             lying = [p for p in attacked if p.reporter != honest]
@@ -506,6 +509,8 @@ class Page:
                 if chosen or (not what and not lying):
                     title = f"### {place[0]}, {place[1]}, {malicious_clients(place[2])}{what}"
                     parts += [title, self._grid(points[0], chosen, defenses)]
+        if waiting:
+            parts.append(f"Nothing is finished yet of: {'; '.join(waiting)}.")
         return parts
 
     def _grid(self, any_point: Point, chosen: Sequence[Point], defenses: Sequence[str]) -> str:

@@ -317,9 +317,16 @@ def test_the_tables_have_the_undefended_run_and_the_one_without_an_attacker_besi
     assert rows["fedmedian"]["t1"] == rows["fedmedian"]["t2"] != "not run"
     assert rows["fedmedian"]["no attacker"] == "not run"
     assert rows["none"]["strong"].endswith("<br>n = 1 of 2")
+    assert "Nothing is finished yet of: mnist5k, iid, 2 malicious clients.\n" in page
+
+    cell = next(cell for cell in plan.cells() if cell.point.malicious == 2 and cell.seed == 1)
+    invent(cell.folder, cell.experiment.identity(), 0.05, 0.001)
+    page = written(plan)["results.md"]
+    assert "Nothing is finished yet of" not in page
     two = {row["defence"]: row for row in table(page, "### mnist5k, iid, 2 malicious clients")}
     assert two["undefended"]["no attacker"] == rows["undefended"]["no attacker"]
-    assert two["none"]["t1"] == "not run"
+    assert two["undefended"]["t1"] == "not run"
+    assert two["none"]["t1"].endswith("n = 1 of 2")
 
 
 def test_the_decisions_of_our_defence_are_told(plan: Matrix) -> None:
