@@ -56,14 +56,16 @@ def run(
 ) -> Outcome:
     """Train once, and look at the same models at every cost (steps, images)."""
     torch.set_num_threads(1)
+    with_mnist = data_root is not None and (data_root / "MNIST").exists()
+    beside = _beside_an_epoch(data_root) if with_mnist else None
     clients = everybody(data_root, 0.0, rounds, ('attack.name="dba"', *overrides))
     moments = list(_moments(clients, data_root))
     rows = [
         _row(cost, moments, clients)
         for cost in track(costs, "probes", console=Console(stderr=True))
     ]
-    if data_root is not None and (data_root / "MNIST").exists():
-        rows.append(_beside_an_epoch(data_root, rows[0]))
+    if beside is not None:
+        rows.append(beside)
     return Outcome("probes", METHOD, rows)
 
 
@@ -157,7 +159,7 @@ def _middle(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _beside_an_epoch(data_root: Path, like: Row) -> Row:
+def _beside_an_epoch(data_root: Path | None) -> Row:
     """Time a warm probe beside a local epoch, both of the same model on one thread."""
     overrides = ('task.dataset="mnist"', "train.local_epochs=1", 'attack.name="dba"')
     clients = everybody(data_root, 0.0, 3, overrides)
@@ -171,7 +173,8 @@ def _beside_an_epoch(data_root: Path, like: Row) -> Row:
         epochs.append(time.perf_counter() - began)
         probes.append(prober.look(Moment(server_round, state, 0.0))[1])
     warm, epoch = statistics.median(probes[1:]), statistics.median(epochs[1:])
-    figures: dict[str, float | int | None] = dict.fromkeys(like.figures)
+    names = ("s", *(f"{what}, ASR {name} %" for name in RANGES for what in ("strength", "seen")))
+    figures: dict[str, float | int | None] = dict.fromkeys((*names, "false"))
     figures |= {"s": warm, "local epoch s": epoch, "ratio": warm / epoch}
     bars = (Bar("ratio", warm / epoch, EPOCHS),)
     return Row("full MNIST, defaults", figures, bars, {"s": probes, "local epoch s": epochs})

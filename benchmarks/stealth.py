@@ -76,13 +76,14 @@ def everybody(
             *overrides,
         ],
     )
+    run = experiment.run.model_copy(update={"data_root": str(data_root) if data_root else None})
     return [
         Settings(
             experiment.experiment,
             experiment.task,
             experiment.train,
             experiment.attack,
-            experiment.run,
+            run,
             client,
         )
         for client in range(experiment.experiment.clients)

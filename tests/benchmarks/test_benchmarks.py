@@ -20,6 +20,7 @@ from simulations import results
 from simulations.config import build as experiment_of
 from tasks import models
 from tests.simulations.synthetic import entry
+from tests.tasks.test_data import write_idx
 
 
 def written(outcome: Outcome, folder: Path) -> dict[str, Any]:
@@ -175,6 +176,19 @@ def test_probes_are_judged_by_cost(tmp_path: Path) -> None:
         assert row["figures"]["s"] > 0
         assert 0 <= row["figures"]["false"] <= 1
         assert len(row["samples"]["s"]) == 2 * 2  # honest clients, probed rounds
+
+
+def test_a_probe_is_timed_beside_an_epoch_of_full_mnist(tmp_path: Path) -> None:
+    for part, count in (("train", 700), ("t10k", 50)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        write_idx(tmp_path / "MNIST" / "raw" / f"{part}-images-idx3-ubyte", images)
+        write_idx(tmp_path / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte", labels)
+    small = ("experiment.clients=3", "attack.malicious=1", "train.local_epochs=1")
+    rows = probes.run(tmp_path, costs=((2, 2),), rounds=1, overrides=small).rows
+    assert [row.case for row in rows] == ["2 x 2", "full MNIST, defaults"]
+    assert list(rows[1].figures) == list(rows[0].figures)
+    assert rows[1].figures["ratio"] == rows[1].figures["s"] / rows[1].figures["local epoch s"]
 
 
 def test_a_probe_is_judged_as_the_detector_does() -> None:
