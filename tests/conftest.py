@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -28,3 +31,19 @@ def flower_log() -> Iterator[list[str]]:
     yield lines
     logger.setLevel(level)
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def one_syntax_tree_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let clients share a process, as threads: each array they read has a header that is parsed.
+
+    CPython 3.11 counts the depth of a syntax tree for all threads together, and raises
+    "SystemError: AST constructor recursion depth mismatch" when two are built at once.
+    """
+    parse, turn = ast.parse, threading.Lock()
+
+    def parsed(*args: Any, **kwargs: Any) -> Any:
+        with turn:
+            return parse(*args, **kwargs)
+
+    monkeypatch.setattr(ast, "parse", parsed)

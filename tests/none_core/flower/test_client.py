@@ -309,6 +309,7 @@ def test_a_model_first_made_for_a_filter_also_answers_queries() -> None:
     app.train(drop_above(1, 2, 100.0))
 
 
+@pytest.mark.usefixtures("one_syntax_tree_at_a_time")
 def test_threads_do_not_share_a_model() -> None:
     models: list[nn.Module] = []
 

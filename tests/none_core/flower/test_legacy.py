@@ -54,6 +54,8 @@ FEW = 4  # clients, where no attack is played
 NAMES = list(toy_model().state_dict())
 ALL: dict[str, Any] = {"min_fit_clients": FEW, "fraction_evaluate": 0.0}
 
+pytestmark = pytest.mark.usefixtures("one_syntax_tree_at_a_time")
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
