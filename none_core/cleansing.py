@@ -88,7 +88,8 @@ class Cleanser:
     3. The detector looks at the pseudo-clients' reports as it looks at clients'. Only if it sees a
        backdoor alive in the model anything is done.
     4. The compromised neurons are reset, as far as the budget goes, and those groups dropped, or of
-       them those that it suspects, if it looks at groups one by one.
+       them those that it suspects and those that stand apart beyond doubt, if it looks at groups
+       one by one.
 
     Parameters
     ----------
@@ -103,6 +104,9 @@ class Cleanser:
         reset at once, since training follows.
     strength : float
         From which on two groups stand apart further than samples of one kind do, > 0.
+    certain : float
+        From which on they do so beyond doubt, >= `strength`: where the detector sees a backdoor,
+        the foreign group of such a label is dropped although it may name other labels only.
     reset : {"zero", "init"}
         What reset weights become.
     neuron_map : NeuronMap, optional
@@ -129,6 +133,7 @@ class Cleanser:
         detector: str | Detector = "mixture",
         policy: Policy | None = None,
         strength: float = 7.0,
+        certain: float = 10.0,
         reset: Literal["zero", "init"] = "zero",
         neuron_map: NeuronMap | None = None,
         prepare: Callable[[Tensor], Tensor] = unchanged,
@@ -143,9 +148,11 @@ class Cleanser:
             raise ValueError(f"reset must be one of {HOWS}, got {reset!r}")
         if not strength > 0:
             raise ValueError(f"strength must be > 0, got {strength}")
+        if not certain >= strength:
+            raise ValueError(f"certain must be >= strength = {strength}, got {certain}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        self.detector, self.strength = detector, strength
+        self.detector, self.strength, self.certain = detector, strength, certain
         self.policy = policy or Policy(budget=_BUDGET, certified_budget=_BUDGET)
         self.how, self.prepare, self.batch_size, self.seed = reset, prepare, batch_size, seed
         self.neurons = neuron_map or NeuronMap.trace(model, example_input)
@@ -207,6 +214,7 @@ class Cleanser:
         detection = self.detector.detect(summaries, layer_of, 0, known)  # 0: nobody can lie
         accuracy = float(np.median([report.accuracy for report in reports.values()]))
         decision = decide(detection, layer_of, self.policy, accuracy=accuracy)
+        certain = {k for k, split in strong.items() if split.strength >= self.certain}
         if not dealt.apart.size and before.size and _obeyed(reports, dealt.labels) < DEAD:
             decision = Decision(
                 decision.neurons[:0], "the model no longer gives the dropped samples their labels"
@@ -218,7 +226,7 @@ class Cleanser:
             reason=decision.reason,
             neurons=decision.neurons,
             scores=detection.scores,
-            dropped=dealt.foreign(_named(detection, dealt.labels)),
+            dropped=dealt.foreign(_named(detection, certain, dealt.labels)),
             strengths={k: split.strength for k, split in splits.items()},
         )
 
@@ -339,12 +347,15 @@ def _otherwise(logits: Tensor, labels: Tensor) -> IntArray:
     return found
 
 
-def _named(detection: Detection, labels: Collection[int]) -> Collection[int]:
-    """Return the labels, of some, that the detector names; all of them if it names none."""
+def _named(
+    detection: Detection, certain: Collection[int], labels: Collection[int]
+) -> Collection[int]:
+    """Return the labels that the detector names and those that are certain; if none, all."""
     if not detection.alive:
         return ()
     suspected = {s.label for s in detection.suspicions if s.client == _GROUPS - 1 and s.alive}
-    return suspected | {attack.label for attack in detection.attacks} or labels
+    named = suspected | {attack.label for attack in detection.attacks}
+    return named.union(certain) if named else labels
 
 
 def _obeyed(reports: Mapping[int, Report], labels: Collection[int]) -> float:

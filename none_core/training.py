@@ -421,6 +421,7 @@ class NoneTrainer:
             "samples": len(self.dataset),  # type: ignore[arg-type]
             "detector": self.cleanser.detector.name,
             "strength": self.cleanser.strength,
+            "certain": self.cleanser.certain,
             "policy": asdict(self.cleanser.policy),
         }
 

@@ -28,6 +28,8 @@ class NoneDefense(Baseline):
         A name in `none_core.detection.DETECTORS`.
     reset : str
         "zero" or "init".
+    certain : float
+        How far a label's groups of samples stand apart where no detector need name it, >= 7.
     rounds : int
         Looks at most, >= 0.
     retrain_epochs : int
@@ -46,6 +48,7 @@ class NoneDefense(Baseline):
 
     detector: str = "mixture"
     reset: str = "zero"
+    certain: float = 10.0
     rounds: int = 3
     retrain_epochs: int = 8
     retrain_rate: float = 0.05
@@ -59,6 +62,7 @@ class NoneDefense(Baseline):
         names = sorted(DETECTORS)
         require(self.detector in DETECTORS, "detector", self.detector, f"one of {names}")
         require(self.reset in HOWS, "reset", self.reset, f"one of {HOWS}")
+        require(self.certain >= 7, "certain", self.certain, ">= 7")
         require(self.rounds >= 0, "rounds", self.rounds, ">= 0")
         require(self.retrain_epochs >= 1, "retrain_epochs", self.retrain_epochs, ">= 1")
         require(self.retrain_rate > 0, "retrain_rate", self.retrain_rate, "> 0")
@@ -75,6 +79,7 @@ class NoneDefense(Baseline):
             prepare(setting.images[:2]),
             detector=self.detector,
             reset=self.reset,  # type: ignore[arg-type]
+            certain=self.certain,
             prepare=prepare,
             seed=setting.seed,
         )
