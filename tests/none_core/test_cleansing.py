@@ -167,6 +167,7 @@ def test_wrong_arguments_are_named() -> None:
     for wrong, name in (
         ({"detector": "none"}, "detector must be one of"),
         ({"strength": 0.0}, "strength must be > 0"),
+        ({"certain": 6.9}, "certain must be >= strength = 7"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"reset": "one"}, "reset must be one of"),
     ):
@@ -224,19 +225,21 @@ def test_a_sample_would_otherwise_be_given_the_best_of_the_other_labels() -> Non
     assert found.tolist() == [2, 0, 1]
 
 
-def test_only_the_labels_that_the_detector_names_lose_samples(
-    attacked: tuple[poisoned.Task, nn.Module],
+@pytest.mark.parametrize("certain", [2.0, 3.0])
+def test_only_labels_that_the_detector_names_or_that_are_certain_lose_samples(
+    certain: float, attacked: tuple[poisoned.Task, nn.Module]
 ) -> None:
     """A group that is merely odd stays, although something else is poisoned."""
     task, model = attacked
     inputs, labels = (tensor.clone() for tensor in task.train.tensors)
     odd = np.flatnonzero(labels.numpy() == 3)[:12]
     inputs[odd, 5:9] += 2.0
-    cleanser = Cleanser(model, EXAMPLE, strength=2.0)
+    cleanser = Cleanser(model, EXAMPLE, strength=2.0, certain=certain)
     found = cleanser.cleanse(copy_of(model), TensorDataset(inputs, labels))
-    assert found.strengths[3] > 2.0
+    assert 2.0 < found.strengths[3] < 3.0
     assert np.isin(task.poisoned, found.dropped).all()
-    assert not (labels.numpy()[found.dropped] == 3).any()
+    dropped = found.dropped[labels.numpy()[found.dropped] == 3]
+    assert dropped.size == 0 if certain == 3.0 else np.isin(dropped, odd).mean() > 0.5
 
 
 def test_a_label_that_is_mostly_poisoned_keeps_its_own_samples() -> None:
