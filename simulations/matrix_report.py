@@ -30,6 +30,8 @@ LABELS = {
     "ba_below_clean": "BA lost",
     "asr_above_clean": "ASR above that without an attacker",
     "ba_worst_below_clean": "BA lost, worst of the last 5 rounds",
+    "ba_below_undefended": "BA below the undefended run's",
+    "ba_worst_below_undefended": "BA below the undefended run's, worst of the last 5 rounds",
     "asr_worst_above_clean": "ASR above that without an attacker, worst of the last 5 rounds",
 }
 # All else is in percent.
