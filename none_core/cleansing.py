@@ -105,8 +105,8 @@ class Cleanser:
     strength : float
         From which on two groups stand apart further than samples of one kind do, > 0.
     certain : float
-        From which on they do so beyond doubt, >= `strength`: where the detector sees a backdoor,
-        the foreign group of such a label is dropped although it may name other labels only.
+        From which on, and from `strength` on, the foreign group of a label is dropped although the
+        detector names other labels only, > 0.
     reset : {"zero", "init"}
         What reset weights become.
     neuron_map : NeuronMap, optional
@@ -148,8 +148,8 @@ class Cleanser:
             raise ValueError(f"reset must be one of {HOWS}, got {reset!r}")
         if not strength > 0:
             raise ValueError(f"strength must be > 0, got {strength}")
-        if not certain >= strength:
-            raise ValueError(f"certain must be >= strength = {strength}, got {certain}")
+        if not certain > 0:
+            raise ValueError(f"certain must be > 0, got {certain}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.detector, self.strength, self.certain = detector, strength, certain

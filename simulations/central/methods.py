@@ -29,7 +29,7 @@ class NoneDefense(Baseline):
     reset : str
         "zero" or "init".
     certain : float
-        How far a label's groups of samples stand apart where no detector need name it, >= 7.
+        How far a label's groups of samples stand apart where no detector need name it, > 0.
     rounds : int
         Looks at most, >= 0.
     retrain_epochs : int
@@ -62,7 +62,7 @@ class NoneDefense(Baseline):
         names = sorted(DETECTORS)
         require(self.detector in DETECTORS, "detector", self.detector, f"one of {names}")
         require(self.reset in HOWS, "reset", self.reset, f"one of {HOWS}")
-        require(self.certain >= 7, "certain", self.certain, ">= 7")
+        require(self.certain > 0, "certain", self.certain, "> 0")
         require(self.rounds >= 0, "rounds", self.rounds, ">= 0")
         require(self.retrain_epochs >= 1, "retrain_epochs", self.retrain_epochs, ">= 1")
         require(self.retrain_rate > 0, "retrain_rate", self.retrain_rate, "> 0")

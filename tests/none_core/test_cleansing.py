@@ -167,7 +167,7 @@ def test_wrong_arguments_are_named() -> None:
     for wrong, name in (
         ({"detector": "none"}, "detector must be one of"),
         ({"strength": 0.0}, "strength must be > 0"),
-        ({"certain": 6.9}, "certain must be >= strength = 7"),
+        ({"certain": 0.0}, "certain must be > 0"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"reset": "one"}, "reset must be one of"),
     ):
