@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "detect": lambda: detection.run(arguments.clients),
         "round": lambda: rounds.run(arguments.data_root),
         "central": central.run,
-        "probes": lambda: probes.run(arguments.data_root),
+        "probes": lambda: probes.run(
+            arguments.data_root, arguments.costs or probes.COSTS, overrides=arguments.overrides
+        ),
         "stealth": lambda: stealth.run(arguments.data_root, arguments.penalties),
         "exposure": lambda: privacy.expose(arguments.run, arguments.data_root),
         "privacy": lambda: privacy.run(
@@ -66,6 +68,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--penalties", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0], help="for stealth"
     )
+    probing = parser.add_argument_group("for probes")
+    probing.add_argument(
+        "--costs", type=_cost, nargs="+", metavar="STEPSxIMAGES", help="default: through 30x8"
+    )
+    probing.add_argument(
+        *("--set", "-s"),
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a value of the experiment, written as in TOML; may be repeated",
+    )
     replay = parser.add_argument_group("for privacy and exposure")
     replay.add_argument(
         "--run", type=Path, default=Path("results/undefended"), help="a run with its checkpoints"
@@ -78,6 +92,14 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="folder, or a .json file (default: results/bench/NAME.json)"
     )
     return parser
+
+
+def _cost(text: str) -> tuple[int, int]:
+    """Read the steps and images of a probe: 30x8."""
+    steps, _, images = text.partition("x")
+    if not (steps.isdecimal() and images.isdecimal() and int(steps) and int(images)):
+        raise argparse.ArgumentTypeError(f"{text} is not STEPSxIMAGES, such as 30x8")
+    return int(steps), int(images)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.outcome import Bar, Outcome, Row
-from benchmarks.stealth import everybody, start, update_of
+from benchmarks.stealth import averaged, everybody, start, update_of
 from client import network
 from client.attacks import participant_of
 from client.participant import Settings, State
@@ -25,14 +25,16 @@ from tasks import data, metrics
 from tasks.models import as_input
 
 METHOD = (
-    "mnist5k, 10 clients, DBA by 4 of them, no defence, plain averaging: a probe of the averaged "
-    "model in every third round by each of the honest clients, started from what it found before, "
-    "as in a defended run. cost: steps x images of a probe. s: median seconds of a client's probe "
-    "on one thread. strength: how many robust standard deviations the attacked class's mask is "
-    "below the median class's, median over clients, in the rounds whose ASR lies in the range; it "
-    "is an outlier from 3 on. seen: share of clients that call it one. false: share of the other "
-    "classes that a client calls one, in all rounds. The last row is a client of full MNIST, with "
-    "the defaults: the probe beside one local epoch, if the data set is there."
+    "{dataset}, {clients} clients, DBA by {malicious} of them, no defence, plain averaging: a "
+    "probe of the averaged model in every third round by each of the honest clients, started from "
+    "what it found before, as in a defended run. cost: steps x images of a probe. s: median "
+    "seconds of a client's probe on one thread. strength: how many robust standard deviations the "
+    "attacked class's mask is below the median class's, median over clients, in the rounds whose "
+    "ASR lies in the range; it is an outlier from 3 on. seen: share of clients that call it one. "
+    "false: share of the other classes that a client calls one, in all rounds."
+)
+BESIDE = (
+    " The last row is a client of full MNIST, with the defaults: the probe beside one local epoch."
 )
 EVERY = 3
 RANGES = {"5 to 30": (0.05, 0.3), "30 to 80": (0.3, 0.8), "over 80": (0.8, 1.01)}
@@ -56,27 +58,36 @@ def run(
 ) -> Outcome:
     """Train once, and look at the same models at every cost (steps, images)."""
     torch.set_num_threads(1)
-    with_mnist = data_root is not None and (data_root / "MNIST").exists()
-    beside = _beside_an_epoch(data_root) if with_mnist else None
     clients = everybody(data_root, 0.0, rounds, ('attack.name="dba"', *overrides))
+    one = clients[0]
+    with_mnist = data_root is not None and (data_root / "MNIST").exists()
+    beside = None
+    if with_mnist and one.task.dataset == "mnist5k":
+        beside = _beside_an_epoch(data_root)
     moments = list(_moments(clients, data_root))
     rows = [
         _row(cost, moments, clients)
         for cost in track(costs, "probes", console=Console(stderr=True))
     ]
+    method = METHOD.format(
+        dataset=one.task.dataset,
+        clients=len(clients),
+        malicious=sum(settings.is_malicious for settings in clients),
+    )
     if beside is not None:
         rows.append(beside)
-    return Outcome("probes", METHOD, rows)
+        method += BESIDE
+    return Outcome("probes", method, rows)
 
 
 def _moments(clients: Sequence[Settings], data_root: Path | None) -> Iterator[Moment]:
     one = clients[0]
-    loaded = data.load(one.task.dataset, data_root)
+    loaded = data.load(one.task.dataset, data_root, held_out=one.task.held_out)
     state = start(one)
     rounds = range(1, one.experiment.rounds + 1)
     for server_round in track(rounds, one.experiment.name, console=Console(stderr=True)):
         updates = [update_of(settings, state, server_round) for settings in clients]
-        state = {name: torch.stack([u[name] for u in updates]).mean(0) for name in state}
+        state = averaged(updates)
         if server_round % EVERY == 1:
             model = network.model_of_thread(one.task)
             model.load_state_dict(state)

@@ -94,7 +94,7 @@ def federate(clients: Sequence[Settings], data_root: Path | None) -> Run:
     """Train by plain federated averaging, and compare the updates of each round."""
     torch.set_num_threads(1)
     one = clients[0]
-    loaded = data.load(one.task.dataset, data_root)
+    loaded = data.load(one.task.dataset, data_root, held_out=one.task.held_out)
     target, shown = one.attack.target, one.trigger.whole()
     others = loaded.test_images[loaded.test_labels != target][:SHOWN]
     images = others, stamp(others, shown)
@@ -103,7 +103,7 @@ def federate(clients: Sequence[Settings], data_root: Path | None) -> Run:
     rounds = range(1, one.experiment.rounds + 1)
     for server_round in track(rounds, one.experiment.name, console=Console(stderr=True)):
         updates = [update_of(settings, state, server_round) for settings in clients]
-        state = {name: torch.stack([u[name] for u in updates]).mean(0) for name in state}
+        state = averaged(updates)
         model = network.model_of_thread(one.task)
         model.load_state_dict(state)
         scores.append(
@@ -124,6 +124,15 @@ def start(one: Settings) -> State:
     task, seed = one.task, one.experiment.seed
     shape, classes = data.SHAPES[task.dataset], data.CLASSES[task.dataset]
     return models.build(task.model_name, shape, classes, seed, task.activation).state_dict()
+
+
+def averaged(updates: Sequence[State]) -> State:
+    """Return the plain average; what is counted rather than learned is rounded down."""
+    stacked = {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
+    return {
+        name: each.mean(0) if each.is_floating_point() else each.double().mean(0).to(each.dtype)
+        for name, each in stacked.items()
+    }
 
 
 def update_of(settings: Settings, sent: State, server_round: int) -> State:

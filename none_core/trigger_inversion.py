@@ -28,7 +28,7 @@ _FIRST_PENALTY = 1e-3
 _LOOK_EVERY = 10  # steps between two looks at whether a class is settled
 _SETTLED = 0.01  # relative gain in size between two looks below which a class is settled
 _SMALL = 0.8  # of the median class's size: masks below are looked at harder ...
-_FEW = 2  # ... so many of them at most ...
+_FEW, _ONE_OF = 2, 5  # ... so many of them at most, or one of so many classes if that is more ...
 _HARDER = 3  # ... for so many times the steps
 _SHOWN = 128  # images on which the success and the shift of what was found are measured
 _FAINT = 0.1  # of a layer's mean deviation: added, so that a neuron at rest does not divide by zero
@@ -43,12 +43,13 @@ class Probe:
     labels : tuple of int
         Classes to look for triggers to.
     steps : int
-        Largest number of optimiser steps, >= 1; doubled when there is nothing to start from. The
-        two classes with the smallest masks may get five times as many in addition.
+        Largest number of optimiser steps, >= 1; doubled when there is nothing to start from. A
+        fifth of the classes, but at least two, those with the smallest masks, may get five times as
+        many in addition.
     images : int
         Images per class and step, >= 1; twice as many in the last part of those additional steps.
-        The cost is about ``(labels + 16) * steps * images`` forward and backward passes of one
-        image, less for classes that settle early.
+        The cost is at most about ``2.6 * labels * steps * images`` forward and backward passes of
+        one image for ten classes or more, less for classes that settle early.
     success : float
         Share of the images that a trigger has to turn, in (0, 1].
     hard : tuple of int
@@ -338,7 +339,8 @@ class _Search:
         if not sizes.isfinite().any():
             return classes[:0]
         small = classes[sizes < _SMALL * sizes[sizes.isfinite()].median()]
-        return small[self.smallest[small].argsort()[:_FEW]]
+        most = max(_FEW, len(classes) // _ONE_OF)
+        return small[self.smallest[small].argsort()[:most]]
 
     def adopt(self, other: _Search) -> None:
         """Take over what another search found smaller."""

@@ -191,6 +191,51 @@ def test_a_probe_is_timed_beside_an_epoch_of_full_mnist(tmp_path: Path) -> None:
     assert rows[1].figures["ratio"] == rows[1].figures["s"] / rows[1].figures["local epoch s"]
 
 
+def test_probes_look_at_other_data_with_normalisation_too(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0).integers
+    arrays: dict[str, Any] = {}
+    for part, number in (("train", 430), ("test", 43)):
+        arrays[f"x_{part}"] = draw(0, 256, (number, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(number, dtype=np.uint8) % 43
+    (tmp_path / "gtsrb").mkdir()
+    np.savez(tmp_path / "gtsrb" / "gtsrb32.npz", **arrays)
+    small = ("experiment.clients=3", "attack.malicious=1", "train.local_epochs=1")
+    other = (*small, 'task.dataset="gtsrb"', "task.held_out=true")
+    content = written(probes.run(tmp_path, ((1, 1),), rounds=1, overrides=other), tmp_path)
+    assert content["method"].startswith("gtsrb, 3 clients, DBA by 1 of them")
+    assert [row["case"] for row in content["rows"]] == ["1 x 1"]
+
+
+def test_an_average_keeps_the_types_of_what_is_averaged() -> None:
+    updates = [{"w": torch.tensor([1.0, 2.0]) * k, "n": torch.tensor(k)} for k in (1, 2, 4)]
+    average = stealth.averaged(updates)
+    assert torch.equal(average["w"], torch.stack([u["w"] for u in updates]).mean(0))
+    assert average["n"].dtype == torch.int64
+    assert int(average["n"]) == 2
+
+
+@pytest.mark.parametrize("cost", ["30", "30x", "0x8", "30x-8", "axb"])
+def test_a_cost_that_is_none_is_refused(cost: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["probes", "--costs", cost])
+    assert f"{cost} is not STEPSxIMAGES, such as 30x8" in capsys.readouterr().err
+
+
+def test_what_is_probed_and_at_which_cost_can_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def run(root: object, costs: object, overrides: object) -> Outcome:
+        asked.extend([root, costs, overrides])
+        return Outcome("probes", "how", [Row("a", {"x": 1})])
+
+    monkeypatch.setattr(probes, "run", run)
+    arguments = ["probes", "--costs", "30x8", "60x4", "--set", "a.b=1", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert asked == [None, [(30, 8), (60, 4)], ["a.b=1"]]
+
+
 def test_a_probe_is_judged_as_the_detector_does() -> None:
     size = np.array([0.1, 0.11, 0.005, 0.09])
     found = Finding(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from none_core.neurons import NeuronMap
-from none_core.trigger_inversion import Finding, Probe, Triggers, invert, probe_model
+from none_core.trigger_inversion import Finding, Probe, Triggers, _Search, invert, probe_model
 
 CLASSES, TARGET = 4, 2
 HEIGHT, WIDTH = 7, 5  # odd on purpose
@@ -275,6 +275,21 @@ def test_a_class_that_no_longer_shrinks_drops_out() -> None:
     assert set(harder) == {2 * images}
 
 
+@pytest.mark.parametrize(("classes", "most"), [(5, 2), (10, 2), (20, 4), (43, 8)])
+def test_of_many_classes_more_are_looked_at_harder(classes: int, most: int) -> None:
+    triggers = Triggers.unknown(2 * classes, torch.zeros(3))
+    nothing = torch.zeros(1), torch.ones(1)
+    search = _Search(
+        nn.Identity(), torch.zeros(1, 3), {}, 0.9, triggers, nothing, torch.Generator()
+    )
+    asked = torch.arange(0, 2 * classes, 2)  # a client may be asked for a share of all classes
+    search.smallest[:] = 0.0  # of what it is not asked for
+    search.smallest[asked] = 5.0
+    small = (classes - 1) // 2
+    search.smallest[asked[:small]] = 2.0 - torch.arange(small) / small
+    assert search.few(asked).tolist() == asked[:small].flip(0)[:most].tolist()
+
+
 @pytest.mark.parametrize("cold", [True, False])
 def test_the_cost_is_bounded(cold: bool) -> None:
     steps, images = 6, 4
@@ -283,7 +298,9 @@ def test_the_cost_is_bounded(cold: bool) -> None:
     seen = counting(model)
     find(model=model, steps=steps, images=images, start=start)
     search = CLASSES * steps * images * (2 if cold else 1)
-    harder = 2 * 3 * steps * 2 * images  # two classes, three times the steps, twice the images
+    harder = (
+        2 * 3 * steps * 2 * images
+    )  # two of four classes, three times the steps, twice the images
     shown = 2 * 45 * CLASSES  # with and without trigger; 45 of the 60 images are of other classes
     looks = 10  # what tracing the model needs
     assert search + shown <= sum(seen) <= search + harder + shown + looks
