@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from logging import INFO, WARNING
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,64 +32,25 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from none_core.activations import LABEL_HISTOGRAMS, HistogramGrid, Report, ReportSpec
+from none_core.activations import LABEL_HISTOGRAMS, Report, ReportSpec
 from none_core.decision import accuracy_loss
 from none_core.flower import messages
-from none_core.neurons import Layer, NeuronMap
+from none_core.neurons import NeuronMap
 from none_core.refusal import Refusal
 from server.peers.base import Validated
+from server.peers.dormancy import (
+    furthest,
+    last_convolution,
+    mean_activations,
+    pruning_order,
+    without_extremes,
+)
 
-T = TypeVar("T")
 State = dict[str, Tensor]
 
 MAX_SAMPLES = 10_000_000  # largest credible number of samples in a report
-
-
-def mean_activations(histograms: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-    """Mean of every neuron's value behind a ReLU, (J,), over all labels and samples.
-
-    Parameters
-    ----------
-    histograms : ndarray
-        Samples by label, neuron and bin of ``HistogramGrid``, (K, J, BINS).
-    """
-    counts = histograms.sum(0, dtype=np.float64)
-    return counts @ np.maximum(HistogramGrid.CENTRES, 0) / counts.sum(1)
-
-
-def pruning_order(activations: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Order neurons by the mean of the clients' ranks, the most dormant first.
-
-    Parameters
-    ----------
-    activations : ndarray
-        Mean activations by client and neuron, (n, m). Equal ones share a rank.
-
-    Returns
-    -------
-    ndarray of int64
-        (m,).
-    """
-    return np.argsort(rankdata(activations, axis=1).mean(0), kind="stable")
-
-
-def furthest(attempts: Iterable[T], loss: Callable[[T], float], most: float) -> T | None:
-    """Return the last attempt before the first whose loss is above ``most``, or unknown (NaN)."""
-    reached = None
-    for attempt in attempts:
-        if not loss(attempt) <= most:
-            break
-        reached = attempt
-    return reached
-
-
-def without_extremes(weights: Tensor, delta: float) -> Tensor:
-    """Move weights beyond mean +- delta standard deviations to those bounds."""
-    mean, deviation = weights.mean(), weights.std(correction=0)
-    return weights.clamp(mean - delta * deviation, mean + delta * deviation)
 
 
 class Pruning(Validated, FedAvg):
@@ -272,13 +233,3 @@ class Pruning(Validated, FedAvg):
                 reports[node] = report
         record.asked = len(outgoing)
         return reports
-
-
-def last_convolution(model: nn.Module, neurons: NeuronMap) -> Layer:
-    """Find the last convolution that feeds an activation; without any, the last layer that does."""
-
-    def convolves(layer: Layer) -> bool:
-        module = model.get_submodule(layer.sources[0].module)
-        return not isinstance(module, nn.Linear)
-
-    return next(filter(convolves, reversed(neurons.layers)), neurons.layers[-1])

@@ -64,6 +64,7 @@ def test_a_run_reaches_what_it_uses_and_not_the_other_kind_of_runs() -> None:
     assert {"none_core/cleansing.py", "simulations/central/methods.py"} <= central
     assert not {"none_core/cleansing.py", "none_core/training.py"} & federated
     assert not {"server/app.py", "client/app.py"} & central
+    assert not [name for name in central if name.startswith(("none_core/flower/", "client/"))]
 
 
 def test_results_have_it() -> None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from none_core.neurons import NeuronMap
-from server.peers.pruning import furthest, last_convolution
+from server.peers.dormancy import furthest, last_convolution
 from simulations.central.baselines.base import (
     REPAIR,
     Baseline,

@@ -11,17 +11,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from none_core.activations import HistogramGrid, ReportSpec, build_report
+from none_core.activations import build_report
 from none_core.flower import messages
 from none_core.flower.messages import record_of, state_of
 from none_core.neurons import NeuronMap
-from server.peers.pruning import (
-    Pruning,
-    furthest,
-    mean_activations,
-    pruning_order,
-    without_extremes,
-)
+from server.peers.pruning import Pruning
 from tests.none_core.flower.toys import HONEST, ToyGrid, bits, silence
 
 NODES = (*HONEST, 15)
@@ -187,44 +181,6 @@ def test_labels_that_are_too_rare_to_report_count_as_no_report() -> None:
 
 
 # --- the pieces -----------------------------------------------------------------------------------
-
-
-def test_the_mean_activation_is_that_behind_a_relu() -> None:
-    model = planted()
-    inputs, labels = data_of(3)
-    neurons = NeuronMap.trace(model, EXAMPLE)
-    spec = ReportSpec(neurons.size, 2, frozenset({"label-histograms"}))
-    report = build_report(model, neurons, [(inputs, labels)], spec)
-
-    found = mean_activations(report["histograms"])
-
-    values = model[0](inputs).relu().amax((2, 3)).mean(0).detach().numpy()
-    assert np.all(np.abs(found - values) <= np.maximum(HistogramGrid.SMALLEST, values / 4))
-    assert not found[list(DORMANT)].any()
-
-
-def test_the_order_is_that_of_the_mean_rank() -> None:
-    activations = np.array([[0.1, 5, 3, 0.2], [0, 9, 8, 7], [100, 2, 3, 1]])
-    # Ranks: 1 4 3 2 / 1 4 3 2 / 4 2 3 1
-    assert pruning_order(activations).tolist() == [3, 0, 2, 1]
-    ties = np.array([[0, 0, 1.0], [0, 0, 1]])
-    assert pruning_order(ties).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("losses", "reached"),
-    [([0, 0.01, 0.02], 2), ([0, 0.03, 0], 0), ([0.5], None), ([], None), ([0, np.nan, 0], 0)],
-)
-def test_attempts_end_with_the_first_that_costs_too_much(losses: list, reached: object) -> None:
-    assert furthest(range(len(losses)), losses.__getitem__, 0.02) == reached
-
-
-def test_weights_beyond_some_deviations_are_moved_there() -> None:
-    weights = torch.tensor([[-1.0, 1], [-1, 1], [0, 6]])
-    mean, deviation = 1.0, np.sqrt(np.mean([4, 0, 4, 0, 1, 25]))
-    expected = weights.clamp(mean - deviation, mean + deviation)
-    torch.testing.assert_close(without_extremes(weights, 1.0), expected)
-    assert torch.equal(without_extremes(weights, 5.0), weights)
 
 
 def test_the_layer_is_the_last_convolution_or_else_the_last_that_there_is() -> None:
