@@ -137,8 +137,8 @@ def decide(
     accuracy : float
         The median client's.
     confirmed : bool
-        Whether the classes that look attacked did so in the probe before this one, too. In a young
-        model one class can be an outlier by chance.
+        Whether the classes that look attacked did so before, too. In a young model one class can be
+        an outlier by chance.
     """
     nothing = np.empty(0, dtype=np.int64)
     if not detection.alive:

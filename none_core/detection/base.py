@@ -149,7 +149,7 @@ class Recent:
     Attributes
     ----------
     sighted : frozenset of int
-        Classes that looked attacked in the last probe.
+        Classes that looked attacked in the last probe, or not long before for a second reason.
     watched : frozenset of int
         Classes that a confirmed attack was for, a short while ago.
     apart : frozenset of (int, int) or None

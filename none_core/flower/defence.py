@@ -53,14 +53,32 @@ Again = Callable[[Collection[int]], ArrayRecord | None]  # aggregate without som
 
 @dataclass(frozen=True)
 class _Sighting:
+    """A class that looked attacked in a probe.
+
+    Attributes
+    ----------
+    label : int
+    server_round : int
+    apart : tuple of int
+        Clients whose updates stood out there, and who were not in quarantine.
+    certified : bool
+        Whether no minority can have made it up.
+    """
+
+    label: int
+    server_round: int
+    apart: tuple[int, ...]
+    certified: bool
+
+
+@dataclass(frozen=True)
+class _Probed:
     """What the last probe saw.
 
     Attributes
     ----------
     labels : frozenset of int
         Attacked classes.
-    named : tuple of int
-        Clients that stood out there and are not named yet.
     hints : tuple of int
         Classes that look attacked to some, those first to whom most say so.
     news : bool
@@ -68,7 +86,6 @@ class _Sighting:
     """
 
     labels: frozenset[int] = frozenset()
-    named: tuple[int, ...] = ()
     hints: tuple[int, ...] = ()
     news: bool = False
 
@@ -76,11 +93,11 @@ class _Sighting:
 # What a defence knows at the end of a round and needs in the next. Everything else that it keeps is
 # a setting, or of one round only.
 _SURVIVES = (
-    *("_reputation", "_accuracy", "_sighting", "_generator"),
+    *("_reputation", "_accuracy", "_probed", "_sightings", "_generator"),
     *("_scene", "_scene_certified", "_watched_until", "_resets"),
     *("_filter", "_filter_undo", "_filter_suspicions", "_left_over", "_spoken_of"),
 )
-_CLASSES = (Reputation, Scene, Part, _Sighting, SampleFilter, Undo)
+_CLASSES = (Reputation, Scene, Part, _Probed, _Sighting, SampleFilter, Undo)
 
 
 class Defence:
@@ -98,6 +115,10 @@ class Defence:
         What reset weights become. Zeroed units of a ReLU network stay out of use, so an attacker
         cannot use them again; re-drawn ones can learn anew, also for the attacker.
     policy : Policy, optional
+    memory : int
+        Rounds for which it is remembered that a class looked attacked, >= 0: seen again by then, it
+        is confirmed if one client's update stood out there both times. Two probes in a row that see
+        it confirm it whoever stands out.
     purify : bool
         Send suspected clients (and, with a laxer threshold, all others) a filter for their samples.
     purify_threshold : float
@@ -153,6 +174,7 @@ class Defence:
         detector: str | Detector = "mixture+inversion",
         reset: Literal["zero", "init"] = "zero",
         policy: Policy | None = None,
+        memory: int = 6,
         purify: bool = True,
         purify_threshold: float = 0.0,
         purify_others: float = 3.0,
@@ -183,6 +205,8 @@ class Defence:
             raise ValueError(f"reset must be one of {HOWS}, got {reset!r}")
         if min_count < 1:
             raise ValueError(f"min_count must be >= 1, got {min_count}")
+        if memory < 0:
+            raise ValueError(f"memory must be >= 0 rounds, got {memory}")
         if timeout <= 0:
             raise ValueError(f"timeout must be > 0 seconds, got {timeout}")
         if liars is not None and liars < 0:
@@ -194,6 +218,7 @@ class Defence:
         if not full_weight_ratio >= 1:
             raise ValueError(f"full_weight_ratio must be >= 1, got {full_weight_ratio}")
         self.detector, self.how, self.policy = detector, reset, policy or Policy()
+        self.memory = memory
         self.purify, self.purify_threshold, self.purify_others = (
             purify,
             purify_threshold,
@@ -220,7 +245,8 @@ class Defence:
         self._fresh_reputation = reputation or Reputation()
         self._reputation = _fresh(self._fresh_reputation)
         self._accuracy = 0.0  # the median client's at the last query
-        self._sighting = _Sighting()
+        self._probed = _Probed()
+        self._sightings: tuple[_Sighting, ...] = ()  # of the last rounds
         self._scene: Scene | None = None  # where the last confirmed attack was seen ...
         self._scene_certified = False  # ... whether no minority can have made it up ...
         self._watched_until = 0  # ... and the last round in which all are compared there
@@ -270,7 +296,7 @@ class Defence:
         self.record = RoundRecord(server_round)
         if server_round == 1:  # a new run knows nothing
             self._filter, self._scene, self._accuracy = None, None, 0.0
-            self._sighting, self._watched_until = _Sighting(), 0
+            self._probed, self._sightings, self._watched_until = _Probed(), (), 0
             self._scene_certified, self._resets = False, 0
             self._left_over, self._spoken_of = self._left_over[:0], frozenset()
             self._reputation = _fresh(self._fresh_reputation)
@@ -344,11 +370,17 @@ class Defence:
             log(WARNING, "NONE round %s: %s", server_round, decision)
             self._close(decision, arrays, arrays, arrays)
             return arrays
-        detection = self._detect({client: answer.summary for client, answer in reports.items()})
+        summaries = {client: answer.summary for client, answer in reports.items()}
+        recent = self._recent
+        detection = self._detect(summaries, recent)
+        sightings = self._seen(detection)
+        if again_seen := self._remembered(sightings) - recent.expected:
+            recent = replace(recent, sighted=recent.sighted | again_seen)
+            detection = self._detect(summaries, recent)
         record.detection = detection
         accuracy = {c: a.accuracy for c, a in reports.items() if c not in self._excluded}
         self._accuracy = float(np.median(list(accuracy.values()) or [0.0]))
-        confirmed, named = self._attribute(detection)
+        confirmed, named = self._attribute(detection, sightings, recent)
         asked_about, judged = arrays, messages.state_of(arrays)
         arrays = self._without(named, arrays, again)
         planned = decide(
@@ -424,7 +456,7 @@ class Defence:
         due = self.policy.probes(self.record.server_round, self.last_round)
         mature = self._accuracy >= self.policy.min_accuracy
         others = self.spec.statistics - {TRIGGER_SHIFT}
-        called_for = due or self._recent.expected or self._sighting.news
+        called_for = due or self._recent.expected or self._probed.news
         if (mature and called_for) or not others:
             return self.spec
         return replace(self.spec, statistics=others)
@@ -434,17 +466,16 @@ class Defence:
         """What earlier queries saw."""
         over = self.record.server_round > self._watched_until
         if self._scene is None or over or self._resets > self.policy.follow_ups:
-            return Recent(self._sighting.labels)
-        return Recent(self._sighting.labels, frozenset({self._scene.label}))
+            return Recent(self._probed.labels)
+        return Recent(self._probed.labels, frozenset({self._scene.label}))
 
     @property
     def _excluded(self) -> frozenset[int]:
         """Clients whose updates are left out, and who have no say in what is reset."""
         return self._reputation.quarantined if self.quarantine else frozenset()
 
-    def _detect(self, summaries: dict[int, Any]) -> Detection:
+    def _detect(self, summaries: dict[int, Any], recent: Recent) -> Detection:
         """Look at the reports; what quarantined clients say speaks against themselves alone."""
-        recent = self._recent
         trusted = {c: s for c, s in summaries.items() if c not in self._excluded}
         if not trusted or len(trusted) == len(summaries):
             return self.detector.detect(summaries, self.layer_of, self.liars, recent)
@@ -456,7 +487,42 @@ class Defence:
             client_evidence=everyone.client_evidence,
         )
 
-    def _attribute(self, detection: Detection) -> tuple[bool, list[int]]:
+    def _seen(self, detection: Detection) -> tuple[_Sighting, ...]:
+        """Which classes look attacked, and whose updates stand out there."""
+        return tuple(
+            _Sighting(
+                attack.label,
+                self.record.server_round,
+                tuple(
+                    client
+                    for client in self._apart(self._scene_where(detection, attack.label))
+                    if client not in self._excluded
+                ),
+                attack.certified,
+            )
+            for attack in detection.attacks
+        )
+
+    def _remembered(self, sightings: Iterable[_Sighting]) -> frozenset[int]:
+        """Classes that looked attacked a few rounds ago, when the same client stood out there.
+
+        A probe can miss a backdoor that the one before has seen, so that two in a row never see it.
+        Whoever stands out both times is a second witness to it, and one that reports alone cannot
+        make up: an attacker who lends his update to a framed class is named for it.
+        """
+        since = self.record.server_round - self.memory
+        return frozenset(
+            now.label
+            for now in sightings
+            for then in self._sightings
+            if then.label == now.label
+            and then.server_round >= since
+            and not set(then.apart).isdisjoint(now.apart)
+        )
+
+    def _attribute(
+        self, detection: Detection, sightings: tuple[_Sighting, ...], recent: Recent
+    ) -> tuple[bool, list[int]]:
         """Hold this round's evidence against the clients.
 
         Returns whether an attack is confirmed, and whom of those that were let in this round's
@@ -468,16 +534,13 @@ class Defence:
         """
         record, reputation = self.record, self._reputation
         excluded = self._excluded
-        expected = [a for a in detection.attacks if a.label in self._recent.expected]
+        expected = [a for a in detection.attacks if a.label in recent.expected]
+        stood_out = self._stood_out({attack.label for attack in expected})
         confirmed = bool(expected)
-        sighting: Scene | None = None
-        certified = any(a.certified for a in expected or detection.attacks)
-        if detection.attacks:
-            worst = max(expected or detection.attacks, key=lambda attack: attack.strength)
-            shapes = {name: shape for name, (_, shape) in self._template.items()}
-            sighting = scene_of(self.neurons, detection.shifts[worst.label], worst.label, shapes)
         if confirmed:
-            self._scene, self._scene_certified = sighting, certified
+            worst = max(expected, key=lambda attack: attack.strength)
+            self._scene = self._scene_where(detection, worst.label)
+            self._scene_certified = any(attack.certified for attack in expected)
             self._watched_until = record.server_round + self.policy.watch
         watching = record.server_round <= self._watched_until
         apart = self._apart(self._scene) if self._scene else []
@@ -487,19 +550,19 @@ class Defence:
             suspected[s.client] = s.certified or suspected.get(s.client, False)
         found = weigh(self._nodes, suspected, named, self._scene_certified)
         now = [client for client, weight in found.items() if weight and client in self._let_in]
-        earlier = self._sighting.named if confirmed else ()
-        for client in found.keys() & set(earlier):
+        for client in found.keys() & stood_out:
             found[client] += reputation.decay
         reputation.update(found)
         if detection.shifts:  # this query looked for triggers
-            pending = self._apart(sighting) if sighting and certified and not watching else []
-            sighted = frozenset(a.label for a in detection.attacks)
             hints = {k: n for k, n in detection.hints.items() if n >= _FEWEST_HINTING}
             ranked = sorted(
                 hints, key=lambda k: (-hints[k], (k - record.server_round) % self.spec.labels)
             )
-            news = not hints.keys() <= set(self._sighting.hints)
-            self._sighting = _Sighting(sighted, tuple(pending), tuple(ranked), news)
+            news = not hints.keys() <= set(self._probed.hints)
+            seen = frozenset(attack.label for attack in detection.attacks)
+            self._probed = _Probed(seen, tuple(ranked), news)
+        since = record.server_round - self.memory
+        self._sightings = tuple(s for s in self._sightings if s.server_round > since) + sightings
         record.named = named
         record.evidence = {client: reputation.evidence[client] for client in sorted(found)}
         if self.quarantine:
@@ -509,6 +572,19 @@ class Defence:
             for client in sorted(excluded - reputation.quarantined):
                 log(INFO, "NONE round %s: node %s is cleared", record.server_round, client)
         return confirmed, now
+
+    def _stood_out(self, labels: Collection[int]) -> set[int]:
+        """Clients that stood out when these classes last looked attacked, and no attack was known.
+
+        That is not held against them yet; what they do while one is known has been, every time.
+        """
+        earlier = [
+            then
+            for then in self._sightings
+            if then.label in labels and then.certified and then.server_round > self._watched_until
+        ]
+        last = max((then.server_round for then in earlier), default=0)
+        return {client for then in earlier if then.server_round == last for client in then.apart}
 
     def _without(self, named: list[int], arrays: ArrayRecord, again: Again | None) -> ArrayRecord:
         """Aggregate this round again without those whom its own evidence names.
@@ -529,6 +605,11 @@ class Defence:
         self.record.left_out = left_out
         log(WARNING, "NONE round %s: left out %s", self.record.server_round, left_out)
         return self._with_dtypes(second)
+
+    def _scene_where(self, detection: Detection, label: int) -> Scene:
+        """Find where the backdoor to a class lives."""
+        shapes = {name: shape for name, (_, shape) in self._template.items()}
+        return scene_of(self.neurons, detection.shifts[label], label, shapes)
 
     def _apart(self, scene: Scene) -> list[int]:
         """Clients whose updates stand out in a scene, ascending."""
@@ -605,7 +686,7 @@ class Defence:
 
     def _probes(self) -> dict[int, Probe]:
         """Choose what each of this round's participants looks for."""
-        hard, watched = self._sighting.hints[:_MOST_HINTS], tuple(sorted(self._recent.watched))
+        hard, watched = self._probed.hints[:_MOST_HINTS], tuple(sorted(self._recent.watched))
         probe = replace(self.probe, hard=hard, watched=watched)
         if not self.share_probes:
             return dict.fromkeys(self._nodes, probe)

@@ -558,6 +558,7 @@ def test_another_model_than_the_trained_one_is_a_clear_error() -> None:
         ({"reset": "half"}, "reset must be one of .*, got 'half'"),
         ({"min_count": 0}, "min_count must be >= 1, got 0"),
         ({"timeout": 0}, "timeout must be > 0 seconds, got 0"),
+        ({"memory": -1}, "memory must be >= 0 rounds, got -1"),
         ({"max_weight_ratio": 1}, "max_weight_ratio must be > 1, got 1"),
         ({"budget": 2}, r"budget must be in \(0, 1\], got 2"),
     ],

@@ -339,7 +339,7 @@ def test_shared_out_every_class_goes_to_enough_clients_and_those_that_matter_to_
     assert asked == [list(range(LABELS))] * 5
     # ... and with more of them it is.
     game.strategy.defence.probe = replace(game.strategy.defence.probe, labels=tuple(range(10)))
-    game.strategy.defence._sighting = replace(game.strategy.defence._sighting, hints=(4,))
+    game.strategy.defence._probed = replace(game.strategy.defence._probed, hints=(4,))
     shares = {node: probe.labels for node, probe in game.strategy.defence._probes().items()}
     for label in range(10):
         looking = sum(label in mine for mine in shares.values())
@@ -389,6 +389,33 @@ def test_an_attack_is_acted_on_when_the_next_probe_sees_it_again() -> None:
 
 def test_seen_once_is_not_enough_however_often() -> None:
     assert resets(Game(sees(lambda: attack(reset=True), 1, 3, 5)).play(6)) == [[]] * 6
+
+
+def test_seen_again_later_counts_if_the_same_client_stands_out_both_times() -> None:
+    def late(second: int, attacking: Iterable[int], **settings: Any) -> Game:
+        script = sees(lambda: attack(reset=True), 1, second, second + 1)
+        return Game(script, attacking_in(set(attacking)), **settings).play(9)
+
+    # Asked to look again with what is remembered, the detector has been asked twice in that round.
+    for second in range(3, 8):
+        game = late(second, {1, second})
+        assert resets(game)[second - 1] == [PLANTED]
+        assert game.records[second - 1].left_out == [HOSTILE]
+        assert game.quarantined()[second - 1] == [HOSTILE]
+        assert not any(resets(game)[: second - 1])
+    for attacking in ({1}, {3}, set[int]()):
+        assert resets(late(3, attacking))[2] == []
+    assert resets(late(8, {1, 8}))[7] == []  # seven rounds later it is forgotten
+    assert resets(late(4, {1, 4}, memory=2))[3] == []
+    assert resets(late(4, {1, 4}, memory=3))[3] == [PLANTED]
+    assert resets(late(3, {1, 3}, memory=0))[2] == []
+
+
+def test_whoever_is_in_quarantine_is_no_witness_to_an_attack() -> None:
+    script = sees(lambda: attack(reset=True), 1, 2, 5, 7)
+    game = Game(script, attacking_in(range(1, 100))).play(8)
+    assert game.quarantined() == [[]] + [[HOSTILE]] * 7
+    assert resets(game) == [[], [PLANTED], *[[]] * 6]
 
 
 def test_another_class_does_not_confirm_it() -> None:

@@ -245,11 +245,13 @@ def test_nothing_that_a_defence_learns_is_forgotten() -> None:
         before = dict(vars(played.strategy.defence))
         played.play(1)
         changed |= {n for n, v in vars(played.strategy.defence).items() if before[n] is not v}
-    assert {"_scene", "_sighting", "_accuracy", "record"} <= changed
+    assert {"_scene", "_probed", "_sightings", "_accuracy", "record"} <= changed
     assert changed - OF_ONE_ROUND <= set(defence._SURVIVES)
 
 
-@pytest.mark.parametrize(("name", "stopped"), [("_sighting", 1), ("_reputation", 3)])
+@pytest.mark.parametrize(
+    ("name", "stopped"), [("_probed", 1), ("_sightings", 1), ("_reputation", 3)]
+)
 def test_what_a_defence_remembers_makes_a_difference(name: str, stopped: int) -> None:
     undisturbed = game().play(6)
     first, second = game().play(stopped), game()
