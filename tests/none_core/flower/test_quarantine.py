@@ -391,31 +391,59 @@ def test_seen_once_is_not_enough_however_often() -> None:
     assert resets(Game(sees(lambda: attack(reset=True), 1, 3, 5)).play(6)) == [[]] * 6
 
 
+def seen_in(rounds: Mapping[int, int], *args: Any, **settings: Any) -> Game:
+    """Play a game in which a class looks attacked in some rounds, however often one asks."""
+
+    def script(query: int, probed: bool) -> Detection:
+        label = rounds.get(len(game.records) + 1)
+        return nothing(probed) if label is None else attack(label, reset=True)
+
+    game = Game(script, *args, **settings)
+    return game
+
+
 def test_seen_again_later_counts_if_the_same_client_stands_out_both_times() -> None:
     def late(second: int, attacking: Iterable[int], **settings: Any) -> Game:
-        script = sees(lambda: attack(reset=True), 1, second, second + 1)
-        return Game(script, attacking_in(set(attacking)), **settings).play(9)
+        return seen_in({1: 1, second: 1}, attacking_in(set(attacking)), **settings).play(8)
 
-    # Asked to look again with what is remembered, the detector has been asked twice in that round.
     for second in range(3, 8):
         game = late(second, {1, second})
-        assert resets(game)[second - 1] == [PLANTED]
+        nothing_before: list[list[int]] = [[]] * (second - 1)
+        assert resets(game)[:second] == [*nothing_before, [PLANTED]]
         assert game.records[second - 1].left_out == [HOSTILE]
         assert game.quarantined()[second - 1] == [HOSTILE]
-        assert not any(resets(game)[: second - 1])
     for attacking in ({1}, {3}, set[int]()):
-        assert resets(late(3, attacking))[2] == []
-    assert resets(late(8, {1, 8}))[7] == []  # seven rounds later it is forgotten
-    assert resets(late(4, {1, 4}, memory=2))[3] == []
+        assert not any(resets(late(3, attacking)))
+    assert not any(resets(late(8, {1, 8})))  # after seven rounds it is forgotten
+    assert not any(resets(late(4, {1, 4}, memory=2)))
     assert resets(late(4, {1, 4}, memory=3))[3] == [PLANTED]
-    assert resets(late(3, {1, 3}, memory=0))[2] == []
+    assert not any(resets(late(3, {1, 3}, memory=0)))
+
+
+def test_what_is_remembered_is_of_one_class_and_of_a_few_rounds() -> None:
+    game = seen_in({1: 1, 3: 0}, attacking_in({1, 3}), apart=1.2).play(4)
+    assert [HOSTILE in sighting.apart for sighting in game.strategy.defence._sightings] == [
+        True
+    ] * 2
+    assert not any(resets(game))
+
+    game = seen_in(dict.fromkeys(range(1, 13), 1)).play(12)
+    assert [sighting.server_round for sighting in game.strategy.defence._sightings] == [
+        *range(7, 13)
+    ]
 
 
 def test_whoever_is_in_quarantine_is_no_witness_to_an_attack() -> None:
-    script = sees(lambda: attack(reset=True), 1, 2, 5, 7)
-    game = Game(script, attacking_in(range(1, 100))).play(8)
-    assert game.quarantined() == [[]] + [[HOSTILE]] * 7
-    assert resets(game) == [[], [PLANTED], *[[]] * 6]
+    game = seen_in({1: 1, 2: 1, 4: 1, 6: 1}, attacking_in(range(1, 100))).play(7)
+    assert game.quarantined() == [[]] + [[HOSTILE]] * 6
+    assert resets(game) == [[], [PLANTED], *[[]] * 5]
+
+
+def test_what_was_held_against_a_client_at_once_is_not_held_against_it_again() -> None:
+    attacker = attacking_in(range(1, 100))
+    game = seen_in({1: 1, 2: 1, 4: 1}, attacker, watch=3, quarantine=False).play(4)
+    # In the second round also for the first, in which nothing was known yet.
+    assert [record.evidence[HOSTILE] for record in game.records] == [0, 1.5, 1.75, 1.875]
 
 
 def test_another_class_does_not_confirm_it() -> None:
