@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -105,7 +106,12 @@ class Intruder:
             request = message_pb2.PullObjectRequest(
                 node=node, run_id=head.metadata.run_id, object_id=each.object_id
             )
-            answer = self.call("pull-object", request, message_pb2.PullObjectResponse)
+            while True:  # the head of a message may be there before all of its content is
+                answer = self.call("pull-object", request, message_pb2.PullObjectResponse)
+                assert answer.object_found
+                if answer.object_available:
+                    break
+                time.sleep(0.1)
             contents[each.object_id] = answer.object_content
         message = inflate_object_from_contents(head.metadata.message_id, contents)
         assert isinstance(message, Message)
